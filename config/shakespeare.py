@@ -1,0 +1,21 @@
+"""One GPU: aoe, moe and dense on Shakespeare's works, 6 layers, 384 wide, context 256, 8 experts."""
+out_dir = 'out/shakespeare'
+dataset = 'shakespeare'
+mlp = 'aoe,moe,dense'
+
+n_layer = 6
+n_head = 6
+n_embd = 384
+block_size = 256
+dropout = 0.1
+n_expert = 8
+top_k = 2
+d_ffn = 1024
+d_low = 128
+
+batch_size = 64
+max_iters = 5000
+learning_rate = 1e-3
+warmup_iters = 100
+eval_interval = 250
+eval_iters = 50

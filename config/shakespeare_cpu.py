@@ -1,0 +1,19 @@
+"""The quick start: aoe, moe and dense on Shakespeare's works, side by side, in minutes on two cores of a CPU."""
+out_dir = 'out/shakespeare_cpu'
+dataset = 'shakespeare'
+mlp = 'aoe,moe,dense'
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 64
+n_expert = 8
+top_k = 2
+d_ffn = 256
+
+batch_size = 16
+max_iters = 2000
+learning_rate = 2e-3
+warmup_iters = 100
+eval_interval = 250
+eval_iters = 50

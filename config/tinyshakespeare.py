@@ -1,0 +1,24 @@
+"""Comparable to nanoGPT's baby GPT, whose published validation loss on this text is 1.4697: the same data, depth,
+width, context, batch, dropout and schedule. d_ffn = 512 gives two active experts the multiply-adds of its GELU MLP
+of 4 * 384: 3 * 2 * 512 = 2 * 4 * 384."""
+out_dir = 'out/tinyshakespeare'
+dataset = 'tinyshakespeare'
+mlp = 'aoe,moe,dense'
+
+n_layer = 6
+n_head = 6
+n_embd = 384
+block_size = 256
+dropout = 0.2
+n_expert = 8
+top_k = 2
+d_ffn = 512
+
+batch_size = 64
+max_iters = 5000
+learning_rate = 1e-3
+min_lr = 1e-4
+warmup_iters = 100
+beta2 = 0.99
+eval_interval = 250
+eval_iters = 200

@@ -1,0 +1,369 @@
+"""
+A small GPT whose MLP is one of three, and nothing else changes:
+
+    dense   one SwiGLU MLP
+    moe     E experts; a router decides which K of them see a token               (Algorithm 1)
+    aoe     E experts, no router; every expert looks at the token, and the K that
+            respond most strongly go on: Autonomy-of-Experts, arXiv 2501.13074    (Algorithm 2)
+
+Around it, a pre-norm decoder: RMSNorm, rotary positions, causal attention, no biases, and one matrix for the
+embedding and the head. Read from top to bottom: every part is made of the parts above it.
+
+Shapes in the comments:
+    B sequences, S positions, T = B*S tokens, D = n_embd
+    E = n_expert, K = top_k, N = T*K (token, expert) pairs, d = an expert's hidden width
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    """What defines a model. Raises ValueError, in one line, where the numbers do not fit together."""
+    # model
+    block_size: int = 64                 # context length, in tokens
+    vocab_size: int | None = None        # None: as many as the data's tokenizer has
+    n_layer: int = 4                     # number of blocks
+    n_head: int = 4                      # attention heads per block
+    n_embd: int = 128                    # width of the residual stream, D
+    dropout: float = 0.0                 # probability of dropping an activation in training
+    mlp: str = 'aoe'                     # aoe, moe or dense; several, comma-separated, are trained in turn
+    n_expert: int = 8                    # experts per layer, E
+    top_k: int = 2                       # experts that handle a token, K
+    d_ffn: int | None = None             # hidden width of a moe expert; None: 4 n_embd, as in the paper
+    d_low: int | None = None             # width of an aoe expert's self-evaluation; None: about n_embd / 3
+    aux_weight: float = 0.0              # weight of the load-balancing loss L_aux, a in Eq. 2; the paper's is 0.01
+    select: str = 'top_k'                # how experts are chosen by their scores: top_k
+
+    def __post_init__(self):
+        def require(condition, message):
+            if not condition:
+                raise ValueError(message)
+
+        for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_expert', 'top_k', 'd_ffn', 'd_low'):
+            value = getattr(self, key)
+            require(value is None or value > 0, f'{key}: expected a positive number, got {value}')
+        require(self.mlp in MLPS, f'mlp: expected one of {", ".join(MLPS)}, got {self.mlp!r}')
+        require(self.select == 'top_k', f'select: expected top_k, got {self.select!r}')
+        require(self.n_embd % (2 * self.n_head) == 0,
+                f'n_embd: expected a multiple of 2 * n_head = {2 * self.n_head} (rotary positions turn pairs '
+                f'of numbers within a head), got {self.n_embd}')
+        require(self.top_k <= self.n_expert, f'top_k: expected at most n_expert = {self.n_expert}, got {self.top_k}')
+        require(0 <= self.dropout < 1, f'dropout: expected a probability below 1, got {self.dropout}')
+        require(self.aux_weight >= 0, f'aux_weight: expected 0 or more, got {self.aux_weight}')
+
+        if self.d_ffn is None:
+            self.d_ffn = 4 * self.n_embd
+        if self.d_low is None:           # of the multiples of 8 around D/3, the one that brings aoe nearest to moe's size
+            below = max(8, self.n_embd // 3 // 8 * 8)
+            moe_size = 3 * self.n_embd * self.d_ffn + self.n_embd
+            self.d_low = min(below, below + 8, key=lambda d_low: abs(self._aoe_expert_size(d_low) - moe_size))
+        require(self.d_low <= self.n_embd, f'd_low: expected at most n_embd = {self.n_embd}, got {self.d_low}')
+
+    @property
+    def d_wide(self):
+        """Hidden width of an aoe expert, by Eq. 5: aoe has the total parameters of moe. A multiple of 8."""
+        return self._d_wide(self.d_low)
+
+    def _d_wide(self, d_low):
+        exact = (3 * self.n_embd * self.d_ffn - d_low * self.n_embd) / (d_low + 2 * self.n_embd)
+        return max(8, 8 * round(exact / 8))
+
+    def _aoe_expert_size(self, d_low):
+        return self.n_embd * d_low + d_low * self._d_wide(d_low) + 2 * self.n_embd * self._d_wide(d_low)
+
+
+class Routing(NamedTuple):
+    """What the sparse MLPs did with a batch. A layer gives one without the leading L; for dense all are empty."""
+    load: torch.Tensor       # (L, E)  share of the (token, expert) pairs that each expert handled; sums to 1
+    prob: torch.Tensor       # (L, E)  P_i of Eq. 6: mean over tokens of the softmax of all E scores
+    norm: torch.Tensor       # (L, E)  mean over tokens of ||C_i||, Figure 4; (L, 0) for moe, which measures none
+    ent_conf: torch.Tensor   # (L,)    Ent_conf of Eq. 8; lower is more confident, at most ln E
+    aux_loss: torch.Tensor   # (L,)    L_aux of Eq. 2, aux_weight included; 0 where that is 0
+
+
+def rotate(x, cos, sin):
+    """Rotary positions: turn each pair of numbers (x1, x2) by an angle that grows with the position.
+
+    x (B, n_head, S, head_dim); cos, sin (S, head_dim / 2). Returns the shape and dtype of x.
+    """
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1).type_as(x)
+
+
+class CausalSelfAttention(nn.Module):
+    """Every position attends to itself and those before it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, cos, sin):                                           # (B, S, D)
+        B, S, D = x.shape
+        qkv = self.qkv(x).view(B, S, 3, self.n_head, D // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # each (B, n_head, S, head_dim)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(B, S, D))
+
+
+class MLP(nn.Module):
+    """The dense SwiGLU MLP, as wide as the K experts of d_ffn that moe activates."""
+
+    def __init__(self, config):
+        super().__init__()
+        d = config.top_k * config.d_ffn
+        self.w_g = nn.Parameter(torch.empty(config.n_embd, d))
+        self.w_p = nn.Parameter(torch.empty(config.n_embd, d))
+        self.w_o = nn.Parameter(torch.empty(d, config.n_embd))
+
+    def forward(self, x):                                                     # (B, S, D)
+        return (F.silu(x @ self.w_g) * (x @ self.w_p)) @ self.w_o, None       # no routing to tell of
+
+
+def expert_matmul(rows, w, counts):
+    """Each expert's rows through its own matrix: rows (N, a), sorted by expert; w (E, a, b) -> (N, b).
+
+    counts: how many rows belong to each of the E experts, a list of ints that sums to N.
+    """
+    return torch.cat([r @ w_i for r, w_i in zip(rows.split(counts), w.unbind())])
+
+
+def at_least_float32(x):
+    """Scores are not trusted to 16 bits, whatever the autocast dtype."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class SparseMLP(nn.Module):
+    """What moe and aoe share: choose K of E experts for each token, run them, and add up what they say.
+
+    A subclass adds the two things in which they differ:
+        score(x)             (T, D) -> scores (T, E), and whatever `gate` can reuse
+        gate(rows, reuse, pair)  the gate's pre-activation (N, d) of the chosen pairs, where rows (N, D) are
+                             their tokens and pair (N,) says where token t and expert i stand in (T, E), t*E + i
+    """
+    scores_are_norms = False
+
+    def __init__(self, config, d):
+        super().__init__()
+        self.n_expert, self.top_k, self.aux_weight = config.n_expert, config.top_k, config.aux_weight
+        self.w_p = nn.Parameter(torch.empty(config.n_expert, config.n_embd, d))
+        self.w_o = nn.Parameter(torch.empty(config.n_expert, d, config.n_embd))
+
+    def forward(self, x):                                                     # (B, S, D)
+        shape, x = x.shape, x.flatten(0, 1)                                   # (T, D)
+        scores, reuse = self.score(x)                                         # p: (T, E)
+        top, chosen = scores.topk(self.top_k)                                 # I = argtopK(p): (T, K)
+        weight = top.softmax(-1)                                              # w = softmax(p[I]): (T, K)
+
+        # The N = T*K pairs, sorted by expert, so that each expert gets its tokens in one piece.
+        expert, order = chosen.flatten().sort(stable=True)                    # (N,)
+        token = order // self.top_k                                           # (N,)
+        load = torch.bincount(expert, minlength=self.n_expert)                # (E,)
+        counts = load.tolist()
+
+        rows = x[token]                                                       # (N, D)
+        g = self.gate(rows, reuse, token * self.n_expert + expert, counts)    # (N, d)
+        u = expert_matmul(rows, self.w_p, counts)                             # (N, d)
+        y = expert_matmul(F.silu(g) * u, self.w_o, counts)                    # E_i(x): (N, D)
+
+        y = y * weight.flatten()[order].unsqueeze(1)                          # w_i E_i(x)
+        y = torch.empty_like(y).index_copy(0, order, y)                       # back in the order of the tokens
+        h = y.view(-1, self.top_k, shape[-1]).sum(1)                          # sum over the chosen: (T, D)
+        return h.view(shape), self.routing(scores, load)
+
+    def routing(self, scores, load):
+        """This layer's Routing, from scores (T, E) and the number of pairs that each expert handled (E,)."""
+        if not self.aux_weight:
+            scores = scores.detach()                                          # statistics alone need no gradient
+        p = scores.softmax(-1)                                                # over all E, not the chosen K
+        f, P = load / len(scores), p.mean(0)                                  # Eq. 6; f sums to K
+        return Routing(
+            load=f / self.top_k,
+            prob=P.detach(),
+            norm=scores.detach().mean(0) if self.scores_are_norms else scores.new_empty(0),
+            ent_conf=torch.special.entr(p.detach()).sum(-1).mean(),           # Eq. 8
+            aux_loss=self.aux_weight * self.n_expert * (f * P).sum())         # Eq. 2
+
+
+class MoE(SparseMLP):
+    """Routed mixture of experts, Algorithm 1: E_i(x) = (SiLU(x Wg_i) * (x Wp_i)) Wo_i, p = x router."""
+
+    def __init__(self, config):
+        super().__init__(config, config.d_ffn)
+        self.router = nn.Parameter(torch.empty(config.n_embd, config.n_expert))
+        self.w_g = nn.Parameter(torch.empty(config.n_expert, config.n_embd, config.d_ffn))
+
+    def score(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return at_least_float32(x) @ at_least_float32(self.router), None
+
+    def gate(self, rows, reuse, pair, counts):
+        return expert_matmul(rows, self.w_g, counts)                          # x Wg_i
+
+
+class AoE(SparseMLP):
+    """Autonomy of experts, Algorithm 2: Wg_i = Wdown_i Wup_i, and p_i = ||x Wdown_i||, the expert's own response.
+
+    The self-evaluation C = x Wdown of all E experts is one matmul; the chosen experts go on from their part of it.
+    """
+    scores_are_norms = True
+
+    def __init__(self, config):
+        super().__init__(config, config.d_wide)
+        self.w_down = nn.Parameter(torch.empty(config.n_embd, config.n_expert * config.d_low))
+        self.w_up = nn.Parameter(torch.empty(config.n_expert, config.d_low, config.d_wide))
+
+    def score(self, x):
+        C = (x @ self.w_down).view(len(x), self.n_expert, -1)                 # Eq. 3: (T, E, d_low)
+        return torch.linalg.vector_norm(at_least_float32(C), dim=-1), C       # Eq. 4: (T, E)
+
+    def gate(self, rows, C, pair, counts):
+        return expert_matmul(C.flatten(0, 1)[pair], self.w_up, counts)        # C_i Wup_i
+
+
+MLPS = {'aoe': AoE, 'moe': MoE, 'dense': MLP}
+
+
+class Block(nn.Module):
+    """One layer: attention, then the MLP, each added to the residual stream."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm_1 = nn.RMSNorm(config.n_embd)
+        self.attention = CausalSelfAttention(config)
+        self.norm_2 = nn.RMSNorm(config.n_embd)
+        self.mlp = MLPS[config.mlp](config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cos, sin):                                           # (B, S, D)
+        x = x + self.dropout(self.attention(self.norm_1(x), cos, sin))
+        h, routing = self.mlp(self.norm_2(x))
+        return x + self.dropout(h), routing
+
+
+class GPT(nn.Module):
+    """The language model: tokens in, logits of the next token out."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError('vocab_size: expected the number of tokens in the vocabulary, got None')
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head.weight = self.embedding.weight
+
+        head_dim = config.n_embd // config.n_head
+        frequency = 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
+        angle = torch.arange(config.block_size)[:, None] * frequency          # (block_size, head_dim / 2)
+        self.register_buffer('cos', angle.cos(), persistent=False)
+        self.register_buffer('sin', angle.sin(), persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Draw every matrix from a normal distribution.
+
+            w_up                                1 / sqrt(d_low)
+            w_o, out: they add to the residual  0.02 / sqrt(2 n_layer)
+            all others                          0.02
+
+        With w_up at 1 / sqrt(d_low), Wdown Wup starts at the scale of the Wg that it replaces: each of its
+        numbers is a sum of d_low products with variance 0.02^2 / d_low. With 0.02 for both, the gate would
+        start many times smaller, and aoe would be behind moe from the start (1.910 for 1.832 of validation loss
+        in a trial: 4 layers, D 128, 1,500 iterations of tinyshakespeare, one seed).
+        """
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                continue                                                      # the norms' weights stay at 1
+            std = 0.02
+            if name.endswith('w_up'):
+                std = self.config.d_low ** -0.5
+            elif name.endswith(('w_o', 'attention.out.weight')):
+                std = 0.02 / math.sqrt(2 * self.config.n_layer)
+            p.normal_(0.0, std)
+
+    def forward(self, idx, targets=None):
+        """Predict the next token at every position.
+
+        idx, targets: (B, S) int64, S at most block_size. Returns, always in this order,
+            logits  (B, S, vocab_size)
+            loss    mean cross-entropy in nats per token, nothing added; None without targets
+            routing Routing, one row per layer; its aux_loss is for the trainer to add
+        """
+        S = idx.shape[1]
+        if S > self.config.block_size:
+            raise ValueError(f'expected at most block_size = {self.config.block_size} tokens, got {S}')
+        x = self.dropout(self.embedding(idx))                                 # (B, S, D)
+        routings = []
+        for block in self.blocks:
+            x, routing = block(x, self.cos[:S], self.sin[:S])
+            routings.append(routing)
+        logits = self.head(self.norm(x))                                      # (B, S, vocab_size)
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten())
+        if self.config.mlp == 'dense':
+            return logits, loss, Routing(*(x.new_empty(0) for _ in Routing._fields))
+        return logits, loss, Routing(*(torch.stack(field) for field in zip(*routings)))
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, vocab_top_k=None, seed=None):
+        """Continue idx (B, S) by max_new_tokens, each drawn from the model's prediction and fed back to it.
+
+        temperature: below 1 sharpens the prediction; 0 always takes the likeliest token (greedy).
+        vocab_top_k: draw from that many likeliest tokens only. (top_k of the config is about experts.)
+        seed: the same seed on the same machine draws the same text.
+        Returns (B, S + max_new_tokens). The context is the last block_size tokens. Sets the model to eval mode.
+        """
+        self.eval()
+        generator = torch.Generator(idx.device)
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+        for _ in range(max_new_tokens):
+            logits, _, _ = self(idx[:, -self.config.block_size:])
+            logits = at_least_float32(logits[:, -1])                          # (B, vocab_size)
+            if vocab_top_k is not None:
+                kept = logits.topk(min(vocab_top_k, logits.shape[-1])).values
+                logits = logits.masked_fill(logits < kept[:, -1:], -torch.inf)
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            idx = torch.cat([idx, new], dim=1)
+        return idx
+
+    def total_parameters(self):
+        """Number of parameters; the matrix that embedding and head share counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def active_parameters(self):
+        """Parameters that the computation of one token touches.
+
+        Of the matrices stacked over experts, K of E. aoe's w_down counts whole: every expert evaluates every token.
+        """
+        active = 0
+        for p in self.parameters():
+            stacked_over_experts = p.dim() == 3
+            active += p.numel() * self.config.top_k // self.config.n_expert if stacked_over_experts else p.numel()
+        return active
+
+    def flops_per_token(self):
+        """Floating-point operations of a training step per token: 6 for each active weight of a matrix
+        (a multiply and an add, once in forward and twice in backward), and 12 S D a layer for attention's two
+        products, counted at full context without the saving of the causal mask."""
+        c = self.config
+        norms = sum(p.numel() for p in self.parameters() if p.dim() == 1)
+        return 6 * (self.active_parameters() - norms) + 12 * c.n_layer * c.block_size * c.n_embd

@@ -1,0 +1,612 @@
+"""
+Train a GPT whose MLP is aoe, moe or dense, on one GPU or on a CPU, and draw
+how the variants compare.
+
+    python train.py config/shakespeare_cpu.py             # the three in turn
+    python train.py config/shakespeare_cpu.py --mlp=moe --max_iters=500
+    python train.py config/shakespeare_cpu.py --init_from=resume   # go on
+    python train.py --n_layer=6 --n_embd=384 --d_low=64   # no file: defaults
+
+Each run writes <out_dir>/<run>/config.json, log.jsonl (a line per evaluation),
+ckpt.pt (to resume from) and best.pt (the lowest validation loss). After each
+evaluation <out_dir>/loss.png and expert_load.png are drawn anew from all runs
+that are found there.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import resource
+import shlex
+import signal
+import statistics
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import configurator
+from configurator import UserError, build, check_type, parse, read_config_file
+from model import GPT, GPTConfig
+from prepare_data import load_meta
+
+
+@dataclass
+class TrainConfig(GPTConfig):
+    """Every key of a training run: the model's, then these."""
+    # data
+    dataset: str = 'shakespeare'                  # the folder of data_dir to train on
+    data_dir: str = 'data'                        # where prepare_data.py wrote it
+    batch_size: int = 16                          # sequences of block_size tokens that pass the model at once
+    gradient_accumulation_steps: int = 1          # batches per iteration
+    # optimizer
+    max_iters: int = 2000                         # iterations, one step of the optimizer each
+    learning_rate: float = 2e-3                   # the highest, reached after the warm-up
+    min_lr: float | None = None                   # the lowest; None: a tenth of learning_rate
+    warmup_iters: int = 100                       # iterations of linear warm-up
+    lr_decay_iters: int | None = None             # iteration at which the cosine reaches min_lr; None: max_iters
+    weight_decay: float = 0.1                     # AdamW's, on matrices alone
+    beta1: float = 0.9                            # AdamW's average of gradients
+    beta2: float = 0.95                           # AdamW's average of their squares
+    grad_clip: float = 1.0                        # largest norm of all gradients together; 0: no limit
+    # evaluation and output
+    out_dir: str = 'out/default'                  # each run writes to a folder of its own in here
+    eval_interval: int = 250                      # iterations between evaluations
+    eval_iters: int = 50                          # batches in an evaluation, the same every time
+    eval_only: bool = False                       # evaluate the checkpoint that is there and write nothing
+    log_interval: int = 10                        # iterations between updates of the progress bar
+    init_from: Literal['scratch', 'resume'] = 'scratch'   # resume: go on from the checkpoints in out_dir
+    # several runs, trained in turn
+    runs: dict | None = None                      # run name -> the keys in which it differs; only in a config file
+    seeds: tuple | None = None                    # train every run with each of these seeds
+    # machine
+    seed: int = 1337                              # of the first weights, the batches and dropout
+    device: str = 'auto'                          # auto: cuda, else mps, else cpu
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'   # of the matmuls; auto: bfloat16 on a GPU that has it
+    compile: Literal['auto', True, False] = 'auto'           # torch.compile; auto: False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.min_lr is None:
+            self.min_lr = self.learning_rate / 10
+        if self.lr_decay_iters is None:
+            self.lr_decay_iters = self.max_iters
+        for key in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval',
+                    'max_iters', 'learning_rate'):
+            if getattr(self, key) <= 0:
+                raise ValueError(f'{key}: expected a positive number, got {getattr(self, key)}')
+        for key in ('min_lr', 'warmup_iters', 'weight_decay', 'grad_clip', 'seed'):
+            if getattr(self, key) < 0:
+                raise ValueError(f'{key}: expected 0 or more, got {getattr(self, key)}')
+        for key in ('beta1', 'beta2'):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f'{key}: expected at least 0 and below 1, got {getattr(self, key)}')
+
+
+class Run:
+    """One model to train: its name, its configuration and the folder that it writes to."""
+
+    def __init__(self, name, config, folder):
+        self.name, self.config, self.folder = name, config, folder
+
+    def path(self, file):
+        return os.path.join(self.folder, file)
+
+
+def plan_runs(from_file, from_line):
+    """The Runs that the values of a config file and of the command line ask for.
+
+    One, or one for each entry of `runs`, or of mlp's list, and for each of `seeds`. Later wins: file, run, line.
+    """
+    values = from_file | from_line
+    variants, seeds = values.pop('runs', None), values.pop('seeds', None) or (values.get('seed', TrainConfig.seed),)
+    if variants is None:
+        variants = {mlp: {'mlp': mlp} for mlp in values.pop('mlp', TrainConfig.mlp).split(',')}
+        from_line = {}                                   # mlp is split up, not contradicted
+    planned = []
+    for name, differs in variants.items():
+        if not isinstance(name, str) or not isinstance(differs, dict):
+            raise UserError(f'runs: expected a name and a dict of keys for each, got {name!r}: {differs!r}')
+        for key, value in differs.items():
+            differs[key] = check_type(TrainConfig, key, value, f'runs, {name}: ')
+            if key in from_line:
+                raise UserError(f'--{key}: expected a key that all runs share, got one that the run {name} sets itself')
+        for seed in seeds:
+            config = build(TrainConfig, values | differs | {'seed': check_type(TrainConfig, 'seed', seed, 'seeds, ')})
+            folder = name if len(seeds) == 1 else f'{name}-{seed}'
+            planned.append(Run(name, config, os.path.join(config.out_dir, folder)))
+    return planned
+
+
+# -----------------------------------------------------------------------------
+# machine
+
+def choose_device(name):
+    """A torch.device that is there; 'auto' takes the fastest. Raises UserError."""
+    available = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    if name == 'auto':
+        return torch.device(next(kind for kind, there in available.items() if there))
+    kind, _, index = name.partition(':')
+    if not available.get(kind) or index and not (index.isdigit() and int(index) < torch.cuda.device_count()):
+        raise UserError(f'device: expected auto or one of {", ".join(k for k, there in available.items() if there)} '
+                        f'on this machine, got {name!r}')
+    return torch.device(name)
+
+
+def choose_dtype(name, device):
+    """The dtype of the matmuls; 'auto' is bfloat16 on a GPU that multiplies it natively, float32 elsewhere.
+
+    A CPU with bfloat16 instructions multiplies it faster too, but there PyTorch prepares each new shape of a bfloat16
+    matmul anew, and an expert gets another number of tokens at every step: float32 trains aoe and moe 2 times faster.
+    """
+    if name != 'auto':
+        return getattr(torch, name)
+    native = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float32
+
+
+def reset_peak_memory(device):
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try:
+            with open('/proc/self/clear_refs', 'w') as file:   # Linux: the next peak starts at what is in use now
+                file.write('5')
+        except OSError:
+            pass
+
+
+def peak_memory(device):
+    """Most bytes in use since the reset: by tensors on cuda, by the whole process elsewhere.
+
+    Where /proc is not there to tell (macOS), the peak is that of the process since its start.
+    """
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        with open('/proc/self/status') as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith('VmHWM:'))
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# -----------------------------------------------------------------------------
+# data
+
+class Data:
+    """The tokens of a data set, and batches of them: inputs and targets (batch_size, block_size), int64."""
+
+    def __init__(self, config, device):
+        folder = os.path.join(config.data_dir, config.dataset)
+        self.meta = load_meta(folder)
+        self.config, self.device = config, device
+        self.tokens = {}
+        for split in ('train', 'val'):
+            path = os.path.join(folder, f'{split}.bin')
+            expected = 2 * self.meta[f'{split}_tokens']
+            if not os.path.exists(path) or os.path.getsize(path) != expected:
+                got = os.path.getsize(path) if os.path.exists(path) else 'no file'
+                raise UserError(f'{path}: expected {expected} bytes, got {got}; '
+                                f'remove {folder} and run prepare_data.py again')
+            if self.meta[f'{split}_tokens'] <= config.block_size:
+                raise UserError(f'{path}: expected more than block_size = {config.block_size} tokens, got '
+                                f'{self.meta[f"{split}_tokens"]}; lower --block_size or prepare a longer text')
+            self.tokens[split] = np.memmap(path, dtype=np.uint16, mode='r')
+
+    def at(self, split, starts):
+        """The batch whose sequences begin at starts."""
+        S = self.config.block_size
+        window = self.tokens[split][np.asarray(starts)[:, None] + np.arange(S + 1)].astype(np.int64)
+        window = torch.from_numpy(window)                                     # (batch_size, S + 1)
+        if self.device.type == 'cuda':
+            window = window.pin_memory().to(self.device, non_blocking=True)
+        else:
+            window = window.to(self.device)
+        return window[:, :-1], window[:, 1:]
+
+    def train_batch(self, iteration, micro_step):
+        """A random batch that depends on the seed, the iteration and nothing else: resuming needs no state."""
+        random = np.random.default_rng((self.config.seed, iteration, micro_step))
+        last = len(self.tokens['train']) - self.config.block_size
+        return self.at('train', random.integers(0, last, self.config.batch_size))
+
+    def eval_batches(self, split):
+        """eval_iters batches, spread evenly over the split: the same every time, for every run and seed."""
+        c = self.config
+        starts = np.linspace(0, len(self.tokens[split]) - c.block_size - 1, c.eval_iters * c.batch_size, dtype=np.int64)
+        for batch in starts.reshape(c.eval_iters, c.batch_size):
+            yield self.at(split, batch)
+
+
+@torch.no_grad()
+def evaluate(model, data, autocast):
+    """Mean cross-entropy (nats per token) on both splits, and on the validation split what the experts did."""
+    model.eval()
+    losses, routings = {}, []
+    for split in ('train', 'val'):
+        batch_losses = []
+        for idx, targets in data.eval_batches(split):
+            with autocast:
+                _, loss, routing = model(idx, targets)
+            batch_losses.append(loss)
+            if split == 'val':
+                routings.append(routing)
+        losses[split] = torch.stack(batch_losses).mean().item()
+    model.train()
+    mean = type(routing)(*(torch.stack(field).mean(0) for field in zip(*routings)))
+    return {
+        'train_loss': losses['train'],
+        'val_loss': losses['val'],
+        'aux_loss': mean.aux_loss.sum().item(),
+        'load': mean.load.tolist(),                                           # [layer][expert]
+        'ent_load': torch.special.entr(mean.load).sum(-1).tolist() if len(mean.load) else [],   # Eq. 7: [layer]
+        'ent_conf': mean.ent_conf.tolist(),                                   # [layer]
+        'norm': mean.norm.tolist(),                                           # [layer][expert]
+    }
+
+
+# -----------------------------------------------------------------------------
+# checkpoints: ckpt.pt is the latest state, to resume from; best.pt the weights with the lowest validation loss
+
+def save(path, content):
+    """torch.save that leaves the file as it was, or whole: never half-written."""
+    torch.save(content, path + '.part')
+    os.replace(path + '.part', path)
+
+
+def load_checkpoint(path, device):
+    """What `save` wrote. Nothing in the file can run code. Raises UserError where it is missing or damaged."""
+    if not os.path.exists(path):
+        raise UserError(f'expected a checkpoint, got no file {path}; train one with `python train.py`')
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint['config'], checkpoint['meta'], checkpoint['model']
+    except Exception as error:          # torch.load has many ways to find a file damaged
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f'{path}: expected a checkpoint of train.py, got a damaged or foreign file ({said}); '
+                        'remove it and train again') from None
+    return checkpoint
+
+
+def model_config(config):
+    """The part of a TrainConfig that says what the model is."""
+    return GPTConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(GPTConfig)})
+
+
+def check_checkpoint(path, checkpoint, config, data):
+    """Refuse, with a UserError, to go on from a checkpoint of another model or another vocabulary."""
+    for key in ('tokenizer', 'vocabulary', 'vocab_size'):
+        if checkpoint['meta'][key] != data.meta[key]:
+            raise UserError(f'{path}: expected the {key} of {config.dataset}, {data.meta[key]!r}, got '
+                            f'{checkpoint["meta"][key]!r}; choose the --dataset that it was trained on')
+    free = {'dropout', 'aux_weight'}                                          # these may change on the way
+    for key, value in dataclasses.asdict(model_config(config)).items():
+        if key not in free and checkpoint['config'][key] != value:
+            raise UserError(f'{path}: expected a checkpoint with {key} = {value}, got {checkpoint["config"][key]}; '
+                            f'give --{key}={checkpoint["config"][key]} or another --out_dir')
+
+
+def read_log(path):
+    """The evaluations in a log.jsonl, oldest first; none where there is no file."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding='utf-8') as file:
+        return [json.loads(line) for line in file]
+
+
+def write_text(path, text):
+    with open(path + '.part', 'w', encoding='utf-8') as file:
+        file.write(text)
+    os.replace(path + '.part', path)
+
+
+# -----------------------------------------------------------------------------
+# training
+
+def learning_rate_at(iteration, config):
+    """Linear warm-up, then half a cosine from learning_rate to min_lr, then min_lr."""
+    if iteration < config.warmup_iters:
+        return config.learning_rate * (iteration + 1) / (config.warmup_iters + 1)
+    if iteration >= config.lr_decay_iters:
+        return config.min_lr
+    progress = (iteration - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+
+
+def make_optimizer(model, config, device):
+    """AdamW that decays matrices, and neither norms' weights nor anything else with less than two dimensions."""
+    groups = [{'params': [p for p in model.parameters() if p.dim() >= 2], 'weight_decay': config.weight_decay},
+              {'params': [p for p in model.parameters() if p.dim() < 2], 'weight_decay': 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
+                             fused=device.type in ('cuda', 'cpu'))
+
+
+class Training:
+    """A Run in progress: model, optimizer and data, and how far they are."""
+
+    def __init__(self, run):
+        self.run, self.config = run, run.config
+        self.device = choose_device(self.config.device)
+        self.dtype = choose_dtype(self.config.dtype, self.device)
+        self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        self.data = Data(self.config, self.device)
+        vocabulary = self.data.meta['vocab_size']
+        if self.config.vocab_size is None:
+            self.config.vocab_size = vocabulary
+        if self.config.vocab_size < vocabulary:
+            raise UserError(f'vocab_size: expected at least the {vocabulary} of {self.config.dataset}, '
+                            f'got {self.config.vocab_size}')
+        reset_peak_memory(self.device)
+        torch.manual_seed(self.config.seed)
+        self.model = GPT(model_config(self.config)).to(self.device)
+        self.forward = torch.compile(self.model) if self.config.compile is True else self.model
+        self.optimizer = make_optimizer(self.model, self.config, self.device)
+        self.iteration, self.seconds, self.best_loss, self.log = 0, 0.0, math.inf, []
+        self.tokens_per_iter = self.config.gradient_accumulation_steps * self.config.batch_size * self.config.block_size
+        if self.config.init_from == 'resume' and os.path.exists(run.path('ckpt.pt')) or self.config.eval_only:
+            self.load()
+
+    def load(self):
+        """Take up everything from ckpt.pt. Evaluations that the log has from after it are forgotten."""
+        checkpoint = load_checkpoint(self.run.path('ckpt.pt'), self.device)
+        check_checkpoint(self.run.path('ckpt.pt'), checkpoint, self.config, self.data)
+        self.model.load_state_dict(checkpoint['model'])
+        self.optimizer.load_state_dict(checkpoint['optimizer'])
+        self.iteration, self.seconds = checkpoint['iter'], checkpoint['seconds']
+        self.best_loss = checkpoint['best_loss']
+        torch.set_rng_state(checkpoint['rng'].cpu())
+        if self.device.type == 'cuda':
+            torch.cuda.set_rng_state(checkpoint['cuda_rng'].cpu(), self.device)
+        self.log = [entry for entry in read_log(self.run.path('log.jsonl')) if entry['iter'] <= self.iteration]
+
+    def save(self):
+        self.save_weights('ckpt.pt', optimizer=self.optimizer.state_dict(), seconds=self.seconds,
+                          best_loss=self.best_loss, rng=torch.get_rng_state(),
+                          cuda_rng=torch.cuda.get_rng_state(self.device) if self.device.type == 'cuda' else None)
+
+    def save_weights(self, file, **more):
+        save(self.run.path(file), {'model': self.model.state_dict(), 'config': dataclasses.asdict(self.config),
+                                   'meta': self.data.meta, 'iter': self.iteration} | more)
+
+    def step(self):
+        """One iteration. Returns the cross-entropy of its last batch, a tensor."""
+        for group in self.optimizer.param_groups:
+            group['lr'] = learning_rate_at(self.iteration, self.config)
+        for micro_step in range(self.config.gradient_accumulation_steps):
+            idx, targets = self.data.train_batch(self.iteration, micro_step)
+            with self.autocast:
+                _, loss, routing = self.forward(idx, targets)
+            ((loss + routing.aux_loss.sum()) / self.config.gradient_accumulation_steps).backward()
+        if self.config.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.iteration += 1
+        return loss.detach()
+
+    def evaluate(self):
+        """Evaluate, log the result and keep the weights if they are the best so far."""
+        last = self.log[-1] if self.log else {'iter': self.iteration, 'seconds': self.seconds}
+        done = (self.iteration - last['iter']) * self.tokens_per_iter
+        entry = {
+            'iter': self.iteration, 'tokens': self.iteration * self.tokens_per_iter, 'seconds': self.seconds,
+            **evaluate(self.model, self.data, self.autocast),
+            'lr': learning_rate_at(self.iteration, self.config),
+            'tokens_per_second': done / (self.seconds - last['seconds']) if done else None,
+            'peak_memory': peak_memory(self.device),                          # bytes
+        }
+        self.log.append(entry)
+        if entry['val_loss'] < self.best_loss:                                # cross-entropy alone decides
+            self.best_loss = entry['val_loss']
+            self.save_weights('best.pt', val_loss=self.best_loss)
+        write_text(self.run.path('log.jsonl'), ''.join(json.dumps(line) + '\n' for line in self.log))
+        report(entry)
+
+    def describe(self):
+        """Print and return what the model is."""
+        facts = {'run': self.run.name, 'total_parameters': self.model.total_parameters(),
+                 'active_parameters': self.model.active_parameters(), 'flops_per_token': self.model.flops_per_token()}
+        print(f'\n{self.run.name}: {facts["total_parameters"]:,} parameters, {facts["active_parameters"]:,} active, '
+              f'{facts["flops_per_token"] / 1e6:.1f} MFLOPs per token\n'
+              f'{self.config.max_iters:,} iterations of {self.tokens_per_iter:,} tokens, {self.device}, '
+              f'{str(self.dtype).removeprefix("torch.")}, seed {self.config.seed}, in {self.run.folder}')
+        return facts
+
+
+def train(run, stop):
+    """Train one Run, from scratch or from its checkpoint, until max_iters or until `stop` is set."""
+    config, training = run.config, Training(run)
+    facts = training.describe()
+    if config.eval_only:
+        report({'iter': training.iteration} | evaluate(training.model, training.data, training.autocast))
+        return
+    os.makedirs(run.folder, exist_ok=True)
+    write_text(run.path('config.json'), json.dumps(facts | dataclasses.asdict(config), indent=1))
+
+    bar = tqdm(total=config.max_iters * training.tokens_per_iter, desc=run.name, unit='tok', unit_scale=True,
+               initial=training.iteration * training.tokens_per_iter, disable=None, dynamic_ncols=True)
+    started = time.perf_counter()
+    while True:
+        at_end = training.iteration >= config.max_iters
+        if training.iteration % config.eval_interval == 0 or at_end or stop.is_set():
+            synchronize(training.device)
+            training.seconds += time.perf_counter() - started                 # the clock stands still for what follows
+            if not stop.is_set() and not (training.log and training.log[-1]['iter'] == training.iteration):
+                training.evaluate()
+                draw_plots(config.out_dir)
+            training.save()
+            started = time.perf_counter()
+        if at_end or stop.is_set():
+            break
+        loss = training.step()
+        bar.update(training.tokens_per_iter)
+        if training.iteration % config.log_interval == 0:
+            bar.set_postfix_str(f'loss {loss.item():.3f}', refresh=False)
+    bar.close()
+
+
+def synchronize(device):
+    """Wait for what was queued, so that a clock tells the truth."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def report(entry):
+    """One line about an evaluation, above the progress bar."""
+    balance = f'  Ent_load {statistics.mean(entry["ent_load"]):.3f}' if entry['ent_load'] else ''
+    tqdm.write(f'iteration {entry["iter"]:>6,}   train loss {entry["train_loss"]:.4f}   '
+               f'val loss {entry["val_loss"]:.4f} {balance}')
+
+
+# -----------------------------------------------------------------------------
+# comparing the runs of an out_dir
+
+COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']   # Okabe and Ito's palette
+
+
+def find_runs(out_dir):
+    """What the runs in out_dir have logged: run name -> [(config.json, log)], one for each seed."""
+    found = {}
+    for folder in sorted(os.listdir(out_dir)):
+        log = read_log(os.path.join(out_dir, folder, 'log.jsonl'))
+        if log:
+            with open(os.path.join(out_dir, folder, 'config.json'), encoding='utf-8') as file:
+                config = json.load(file)
+            found.setdefault(config['run'], []).append((config, log))
+    return found
+
+
+def draw_plots(out_dir):
+    """Draw <out_dir>/loss.png and, where a run has experts, expert_load.png."""
+    import matplotlib                      # here, since it is slow to import and sample.py imports this file
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    runs = find_runs(out_dir)
+    color = {name: COLORS[i % len(COLORS)] for i, name in enumerate(runs)}
+    for draw, file in ((draw_loss, 'loss.png'), (draw_expert_load, 'expert_load.png')):
+        figure = draw(plt, runs, color)
+        if figure:
+            path = os.path.join(out_dir, file)
+            figure.savefig(path + '.part', format='png', dpi=100)
+            os.replace(path + '.part', path)
+            plt.close(figure)
+
+
+def draw_loss(plt, runs, color):
+    """Validation loss over iterations: a line per run, the mean of its seeds, in a band from the lowest to the highest."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
+    for name, seeds in runs.items():
+        logs = [log for _, log in seeds]
+        points = list(zip(*([entry['val_loss'] for entry in log] for log in logs)))   # [evaluation][seed]
+        iterations = [entry['iter'] for entry in logs[0]][:len(points)]
+        label = name if len(logs) == 1 else f'{name}, {len(logs)} seeds'
+        axes.plot(iterations, [statistics.mean(p) for p in points], color=color[name], marker='.', label=label)
+        if len(logs) > 1:
+            axes.fill_between(iterations, *zip(*((min(p), max(p)) for p in points)), color=color[name], alpha=0.2)
+    axes.set(xlabel='iteration', ylabel='val_loss (nats per token)', title='Validation loss')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def draw_expert_load(plt, runs, color):
+    """A panel per layer: the load of each expert in the last evaluation (of the first seed), all runs side by side."""
+    load = {name: seeds[0][1][-1]['load'] for name, seeds in runs.items()}
+    load = {name: layers for name, layers in load.items() if layers}          # dense has none
+    if not load:
+        return None
+    n_layer = max(len(layers) for layers in load.values())
+    columns = min(n_layer, 4)
+    rows = math.ceil(n_layer / columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(3 * columns, 0.7 + 2.3 * rows), sharey=True, squeeze=False,
+                                  layout='constrained')
+    for layer, axes in enumerate(panels.flat):
+        axes.set_visible(layer < n_layer)
+        for i, (name, layers) in enumerate(load.items()):
+            if layer < len(layers):
+                shares = layers[layer]
+                width = 0.8 / len(load)
+                axes.bar([expert + (i - (len(load) - 1) / 2) * width for expert in range(len(shares))], shares, width,
+                         color=color[name], label=name)
+                axes.axhline(1 / len(shares), color='black', linestyle='--', linewidth=1, label='uniform')
+        axes.set(title=f'layer {layer + 1}', xlabel='expert')
+    for axes in panels[:, 0]:
+        axes.set_ylabel('load')
+    handles = dict(zip(*reversed(panels[0, 0].get_legend_handles_labels())))
+    figure.legend(handles.values(), handles.keys(), loc='outside upper center', ncols=len(handles))
+    return figure
+
+
+def print_table(out_dir):
+    """The runs of out_dir side by side; where a run has several seeds, mean and standard deviation."""
+    def mean(values, form):
+        values = list(values)
+        spread = f' ± {statistics.stdev(values):.4f}' if len(values) > 1 and form == '.4f' else ''
+        return format(statistics.mean(values), form) + spread
+
+    table = [('run', 'parameters', 'active', 'val loss', 'Ent_load', 'tokens/s', 'memory')]
+    for name, seeds in find_runs(out_dir).items():
+        config = seeds[0][0]
+        logs = [log for _, log in seeds]
+        ent_load = [statistics.mean(log[-1]['ent_load']) for log in logs if log[-1]['ent_load']]
+        speeds = [e['tokens_per_second'] for log in logs for e in log if e['tokens_per_second']]
+        table.append((name, f'{config["total_parameters"]:,}', f'{config["active_parameters"]:,}',
+                      mean((min(e['val_loss'] for e in log) for log in logs), '.4f'),
+                      mean(ent_load, '.3f') if ent_load else '-',
+                      f'{statistics.median(speeds):,.0f}' if speeds else '-',
+                      f'{max(e["peak_memory"] for log in logs for e in log) / 1e6:,.0f} MB'))
+    widths = [max(map(len, column)) for column in zip(*table)]
+    print()
+    for row in table:
+        print('  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
+    print(f'\nval loss: the lowest; Ent_load: at most ln {config["n_expert"]} = {math.log(config["n_expert"]):.3f}; '
+          f'pictures in {out_dir}')
+
+
+def check_folders(runs):
+    """Refuse, with a UserError, to write over a run, or to resume where there is none."""
+    config = runs[0].config
+    if config.init_from == 'resume' or config.eval_only:
+        if not any(os.path.exists(run.path('ckpt.pt')) for run in runs):
+            raise UserError(f'{runs[0].path("ckpt.pt")}: expected a checkpoint to go on from, got no such file; '
+                            'train first, without --init_from=resume')
+        return
+    for run in runs:
+        if os.path.isdir(run.folder) and os.listdir(run.folder):
+            raise UserError(f'{run.folder}: expected a new folder, got one that holds a run; --init_from=resume goes '
+                            'on with it, another --out_dir= keeps it, or remove it')
+
+
+def main(arguments):
+    from_line, files = parse(TrainConfig, arguments, __doc__)
+    from_file = {}
+    for file in files:
+        from_file |= read_config_file(TrainConfig, file)
+    runs = plan_runs(from_file, from_line)
+    check_folders(runs)
+
+    stop = threading.Event()
+
+    def on_ctrl_c(*_):
+        stop.set()                                                            # end between two iterations;
+        signal.signal(signal.SIGINT, signal.default_int_handler)              # a second Ctrl-C ends at once
+    signal.signal(signal.SIGINT, on_ctrl_c)
+
+    for run in runs:
+        train(run, stop)
+        if stop.is_set():
+            again = [argument for argument in arguments if not argument.startswith('--init_from=')]
+            print(f'\nstopped and saved; to go on: python train.py {shlex.join(again)} --init_from=resume')
+            sys.exit(130)
+    if not runs[0].config.eval_only:
+        print_table(runs[0].config.out_dir)
+
+
+if __name__ == '__main__':
+    configurator.run(main)
