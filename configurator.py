@@ -78,7 +78,7 @@ def type_of(cls, key, where='--'):
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
         hint = f'did you mean {near[0]}?' if near else '--help lists the keys'
-        raise UserError(f'unknown key {where}{key}; {hint}')
+        raise UserError(f'{where}{key}: no such key; {hint}')
     return known[key]
 
 

@@ -176,7 +176,7 @@ class SparseMLP(nn.Module):
         u = expert_matmul(rows, self.w_p, counts)                             # (N, d)
         y = expert_matmul(F.silu(g) * u, self.w_o, counts)                    # E_i(x): (N, D)
 
-        y = y * weight.flatten()[order].unsqueeze(1)                          # w_i E_i(x)
+        y = y * weight.flatten()[order].unsqueeze(1).type_as(y)               # w_i E_i(x)
         y = torch.empty_like(y).index_copy(0, order, y)                       # back in the order of the tokens
         h = y.view(-1, self.top_k, shape[-1]).sum(1)                          # sum over the chosen: (T, D)
         return h.view(shape), self.routing(scores, load)

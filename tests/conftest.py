@@ -1,0 +1,52 @@
+"""What the tests of the scripts share: a small corpus, and a way to run a script in this process."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import configurator
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SMALL = ['--n_layer=2', '--n_embd=32', '--n_head=2', '--d_ffn=48', '--n_expert=4', '--block_size=16', '--batch_size=8',
+         '--max_iters=20', '--eval_interval=10', '--eval_iters=2', '--warmup_iters=5', '--dataset=code']
+
+
+def run_script(script, *arguments, cwd, check=True):
+    """Run a script as a user does. Returns the finished process, with its output as text."""
+    environment = os.environ | {'MPLBACKEND': 'Agg', 'COLUMNS': '80', 'PYTHONIOENCODING': 'utf-8'}
+    process = subprocess.run([sys.executable, os.path.join(ROOT, script), *arguments], cwd=cwd, capture_output=True,
+                             encoding='utf-8', env=environment, timeout=170)
+    if check:
+        assert process.returncode == 0, process.stderr
+    return process
+
+
+@pytest.fixture(scope='session')
+def code_text():
+    """A text that every clone has: this repository's own code."""
+    return ''.join(open(os.path.join(ROOT, name), encoding='utf-8').read()
+                   for name in ('model.py', 'train.py', 'prepare_data.py', 'configurator.py'))
+
+
+@pytest.fixture(scope='session')
+def workspace(tmp_path_factory, code_text):
+    """A folder with data/code, prepared through the command line. Tests write to out folders of their own in it."""
+    folder = tmp_path_factory.mktemp('workspace')
+    (folder / 'code.txt').write_text(code_text, encoding='utf-8', newline='')
+    run_script('prepare_data.py', 'code.txt', cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def refuse(monkeypatch, capsys):
+    """refuse(main, *arguments) -> the line that a script ends with; its exit status must be 2, its output that line."""
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, 'argv', ['script', *arguments])
+        with pytest.raises(SystemExit) as exit:
+            configurator.run(main)
+        lines = capsys.readouterr().err.splitlines()
+        assert exit.value.code == 2 and len(lines) == 1 and lines[0].startswith('error: '), lines
+        return lines[0]
+    return call

