@@ -501,14 +501,16 @@ def draw_plots(out_dir):
 def draw_loss(plt, runs, color):
     """Validation loss over iterations: a line per run, the mean of its seeds, in a band from the lowest to the highest."""
     figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
+    top = []
     for name, seeds in runs.items():
-        logs = [log for _, log in seeds]
-        points = list(zip(*([entry['val_loss'] for entry in log] for log in logs)))   # [evaluation][seed]
-        iterations = [entry['iter'] for entry in logs[0]][:len(points)]
-        label = name if len(logs) == 1 else f'{name}, {len(logs)} seeds'
-        axes.plot(iterations, [statistics.mean(p) for p in points], color=color[name], marker='.', label=label)
-        if len(logs) > 1:
-            axes.fill_between(iterations, *zip(*((min(p), max(p)) for p in points)), color=color[name], alpha=0.2)
+        points = list(zip(*([entry['val_loss'] for entry in log] for _, log in seeds)))   # [evaluation][seed]
+        iterations = [entry['iter'] for entry in seeds[0][1]][:len(points)]
+        means = [statistics.mean(p) for p in points]
+        label = f'{name} {min(means):.4f}' + (f', mean of {len(seeds)} seeds' if len(seeds) > 1 else '')
+        axes.plot(iterations, means, color=color[name], marker='.', label=label)
+        axes.fill_between(iterations, [min(p) for p in points], [max(p) for p in points], color=color[name], alpha=0.2)
+        top.append(means[1] if len(means) > 3 else means[0])
+    axes.set_ylim(top=max(top) + 0.05)        # the first evaluation, of an untrained model, would squash the others
     axes.set(xlabel='iteration', ylabel='val_loss (nats per token)', title='Validation loss')
     axes.grid(alpha=0.3)
     axes.legend()

@@ -10,6 +10,7 @@ block_size = 64
 n_expert = 8
 top_k = 2
 d_ffn = 256
+aux_weight = 0.01                        # without it, a few experts take most of the tokens
 
 batch_size = 16
 max_iters = 2000
