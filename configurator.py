@@ -30,12 +30,16 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call main(arguments of the command line); a UserError ends the program with its line and exit status 2."""
+    """Call main(arguments of the command line); a UserError ends the program with its line and exit status 2,
+    Ctrl-C with 130."""
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(130)
 
 
 def parse(cls, arguments, usage):

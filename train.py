@@ -17,7 +17,6 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import shlex
 import signal
 import statistics
@@ -163,17 +162,14 @@ def reset_peak_memory(device):
 
 
 def peak_memory(device):
-    """Most bytes in use since the reset: by tensors on cuda, by the whole process elsewhere.
-
-    Where /proc is not there to tell (macOS), the peak is that of the process since its start.
-    """
+    """Most bytes in use since the reset: by tensors on cuda, by the whole process on Linux; None where neither tells."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
     try:
         with open('/proc/self/status') as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith('VmHWM:'))
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return None
 
 
 # -----------------------------------------------------------------------------
@@ -474,9 +470,10 @@ def find_runs(out_dir):
     """What the runs in out_dir have logged: run name -> [(config.json, log)], one for each seed."""
     found = {}
     for folder in sorted(os.listdir(out_dir)):
+        config_path = os.path.join(out_dir, folder, 'config.json')
         log = read_log(os.path.join(out_dir, folder, 'log.jsonl'))
-        if log:
-            with open(os.path.join(out_dir, folder, 'config.json'), encoding='utf-8') as file:
+        if log and os.path.exists(config_path):
+            with open(config_path, encoding='utf-8') as file:
                 config = json.load(file)
             found.setdefault(config['run'], []).append((config, log))
     return found
@@ -501,7 +498,7 @@ def draw_plots(out_dir):
 def draw_loss(plt, runs, color):
     """Validation loss over iterations: a line per run, the mean of its seeds, in a band from the lowest to the highest."""
     figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
-    top = []
+    top, bottom = [], []
     for name, seeds in runs.items():
         points = list(zip(*([entry['val_loss'] for entry in log] for _, log in seeds)))   # [evaluation][seed]
         iterations = [entry['iter'] for entry in seeds[0][1]][:len(points)]
@@ -510,7 +507,9 @@ def draw_loss(plt, runs, color):
         axes.plot(iterations, means, color=color[name], marker='.', label=label)
         axes.fill_between(iterations, [min(p) for p in points], [max(p) for p in points], color=color[name], alpha=0.2)
         top.append(means[1] if len(means) > 3 else means[0])
-    axes.set_ylim(top=max(top) + 0.05)        # the first evaluation, of an untrained model, would squash the others
+        bottom.append(min(min(p) for p in points))
+    # The first evaluation, of an untrained model, would squash the others: it may lie outside.
+    axes.set_ylim(min(bottom) - 0.05, max(top) + 0.05)
     axes.set(xlabel='iteration', ylabel='val_loss (nats per token)', title='Validation loss')
     axes.grid(alpha=0.3)
     axes.legend()
@@ -558,11 +557,12 @@ def print_table(out_dir):
         logs = [log for _, log in seeds]
         ent_load = [statistics.mean(log[-1]['ent_load']) for log in logs if log[-1]['ent_load']]
         speeds = [e['tokens_per_second'] for log in logs for e in log if e['tokens_per_second']]
+        memory = [e['peak_memory'] for log in logs for e in log if e['peak_memory']]
         table.append((name, f'{config["total_parameters"]:,}', f'{config["active_parameters"]:,}',
                       mean((min(e['val_loss'] for e in log) for log in logs), '.4f'),
                       mean(ent_load, '.3f') if ent_load else '-',
                       f'{statistics.median(speeds):,.0f}' if speeds else '-',
-                      f'{max(e["peak_memory"] for log in logs for e in log) / 1e6:,.0f} MB'))
+                      f'{max(memory) / 1e6:,.0f} MB' if memory else '-'))
     widths = [max(map(len, column)) for column in zip(*table)]
     print()
     for row in table:
@@ -580,7 +580,7 @@ def check_folders(runs):
                             'train first, without --init_from=resume')
         return
     for run in runs:
-        if os.path.isdir(run.folder) and os.listdir(run.folder):
+        if os.path.exists(run.path('ckpt.pt')) or len(read_log(run.path('log.jsonl'))) > 1:
             raise UserError(f'{run.folder}: expected a new folder, got one that holds a run; --init_from=resume goes '
                             'on with it, another --out_dir= keeps it, or remove it')
 

@@ -16,11 +16,13 @@ import torch
 
 import sample
 import train
+from configurator import read_config_file
 from conftest import ROOT, SMALL, run_script
 from model import GPT
 from train import Data, TrainConfig, learning_rate_at, make_optimizer, plan_runs
 
 VARIANTS = ('aoe', 'moe', 'dense')
+CONFIGS = sorted(name for name in os.listdir(os.path.join(ROOT, 'config')) if name.endswith('.py'))
 
 
 def log_of(folder):
@@ -193,6 +195,18 @@ def test_a_script_ends_with_one_line_and_status_2(workspace):
     process = run_script('train.py', '--n_lyer=3', cwd=workspace, check=False)
     assert (process.returncode, process.stdout) == (2, '')
     assert process.stderr == 'error: --n_lyer: no such key; did you mean n_layer?\n'
+
+
+@pytest.mark.parametrize('file', CONFIGS)
+def test_every_config_trains_models_of_one_size(file):
+    runs = plan_runs(read_config_file(TrainConfig, os.path.join(ROOT, 'config', file)), {'mlp': 'aoe,moe,dense'})
+    sizes = {}
+    for run in runs:
+        assert run.folder == f'out/{file.removesuffix(".py")}/{run.name}'
+        run.config.vocab_size = run.config.vocab_size or 84
+        with torch.device('meta'):
+            sizes[run.name] = GPT(train.model_config(run.config)).total_parameters()
+    assert abs(sizes['aoe'] / sizes['moe'] - 1) < 0.01 and sizes['dense'] < sizes['moe']
 
 
 def test_the_schedule_by_hand():

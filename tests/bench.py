@@ -1,0 +1,289 @@
+"""
+Speed and memory of the three MLPs, in one run, the sides taking turns.
+
+    python tests/bench.py                          # everything, some minutes
+    python tests/bench.py --only=layer,memory
+    python tests/bench.py --threads=1 --json=bench.json
+
+Times are medians; a ratio is the median of the ratios of each round, so that
+what slows the machine for a while slows both sides of it. Parts: layer (an MLP
+alone, forward and backward), step (a training step of the model), memory
+(bytes kept for backward), generate (text, one token at a time).
+"""
+
+import contextlib
+import gc
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import configurator
+from configurator import UserError, build, parse
+from model import GPT, MLPS, GPTConfig, MoE
+from prepare_data import PrepareConfig, prepare
+from train import Run, TrainConfig, Training, choose_device, plan_runs
+
+PARTS = ('layer', 'step', 'memory', 'generate')
+LAYERS = {          # the MLP alone: its configuration, and the tokens that pass it at once
+    'quick start': (dict(n_embd=128, d_ffn=256), 1024),
+    'medium': (dict(n_embd=384, d_ffn=1024, d_low=128), 8192),
+    'paper': (dict(n_embd=768, n_head=12, d_ffn=3072, d_low=256), 4096),
+}
+MODELS = {          # a whole training step
+    'quick start': dict(n_layer=4, n_head=4, n_embd=128, d_ffn=256, block_size=64, batch_size=16),
+    '6 x 384': dict(n_layer=6, n_head=6, n_embd=384, d_ffn=512, block_size=256, batch_size=8),
+}
+
+
+@dataclass
+class BenchConfig:
+    """The keys of this script."""
+    # keys
+    only: str = 'layer,step,memory,generate'      # the parts to measure, comma-separated
+    rounds: int = 15                              # measurements of each side; the median counts
+    warmup: int = 3                               # rounds before them, not counted
+    seed: int = 0                                 # of weights and inputs
+    threads: int | None = None                    # of the CPU; None: PyTorch's choice
+    device: str = 'auto'                          # auto: cuda, else mps, else cpu
+    dtype: Literal['float32', 'bfloat16'] = 'bfloat16'   # of weights and inputs; of autocast in a training step
+    aux_weight: float = 0.0                       # weight of the load-balancing loss
+    json: str | None = None                       # write the figures to this file as well
+
+    def __post_init__(self):
+        for part in self.only.split(','):
+            if part not in PARTS:
+                raise ValueError(f'only: expected some of {",".join(PARTS)}, got {part!r}')
+        for key in ('rounds', 'warmup', 'threads'):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f'{key}: expected a positive number, got {getattr(self, key)}')
+
+
+def multiply_adds(config):
+    """Of one MLP layer per token, forward and backward: three times the forward's, since each product's gradient
+    is two products of the same size."""
+    D, E, K, d = config.n_embd, config.n_expert, config.top_k, config.d_ffn
+    if config.mlp == 'dense':
+        return 3 * K * 3 * D * d
+    if config.mlp == 'moe':
+        return 3 * (D * E + K * 3 * D * d)
+    d_low, d_wide = config.d_low, config.d_wide
+    return 3 * (E * D * d_low + K * (d_low * d_wide + 2 * D * d_wide))
+
+
+def alternate(sides, bench):
+    """Time each side's function once per round. Returns side -> list of seconds. sides: name -> function(round)."""
+    seconds = {name: [] for name in sides}
+    for turn in range(bench.warmup + bench.rounds):
+        for name, function in sides.items():
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            function(turn)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= bench.warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(faster, slower):
+    """Median over rounds of how many times the speed of `slower` `faster` has. Both: lists of seconds."""
+    return statistics.median(s / f for f, s in zip(faster, slower))
+
+
+def layer_config(mlp, shape, bench):
+    return GPTConfig(mlp=mlp, aux_weight=bench.aux_weight, **shape)
+
+
+def make_layer(config, bench, device):
+    torch.manual_seed(bench.seed)
+    layer = MLPS[config.mlp](config)
+    for name, p in layer.named_parameters():
+        torch.nn.init.normal_(p, std=config.d_low ** -0.5 if name == 'w_up' else 0.02)
+    return layer.to(device, getattr(torch, bench.dtype))
+
+
+def make_input(shape, tokens, bench, device, turn):
+    generator = torch.Generator().manual_seed(bench.seed + turn)          # other tokens each round, as in training
+    x = torch.randn(1, tokens, shape['n_embd'], generator=generator)
+    return x.to(device, getattr(torch, bench.dtype)).requires_grad_()
+
+
+def transformers_layers(config, moe, bench, device):
+    """Hugging Face's Mixtral block with the weights of moe: setting -> function(x). Empty without transformers."""
+    try:
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+    except ImportError:
+        print('  (transformers is not installed: its Mixtral block is not measured)')
+        return {}
+    layers = {}
+    for setting in ('eager', 'batched_mm', 'grouped_mm'):
+        theirs = MixtralConfig(hidden_size=config.n_embd, intermediate_size=config.d_ffn, num_local_experts=config.n_expert,
+                               num_experts_per_tok=config.top_k, experts_implementation=setting)
+        block = MixtralSparseMoeBlock(theirs).to(device, getattr(torch, bench.dtype))
+        with torch.no_grad():
+            block.gate.weight.copy_(moe.router.T)
+            block.experts.gate_up_proj.copy_(torch.cat([moe.w_g, moe.w_p], 2).transpose(1, 2))
+            block.experts.down_proj.copy_(moe.w_o.transpose(1, 2))
+        layers[f'mixtral {setting}'] = block
+    return layers
+
+
+def bench_layer(bench, device):
+    """An MLP alone, forward and backward."""
+    results = []
+    for label, (shape, tokens) in LAYERS.items():
+        configs = {mlp: layer_config(mlp, shape, bench) for mlp in ('dense', 'moe', 'aoe')}
+        layers = {mlp: make_layer(config, bench, device) for mlp, config in configs.items()}
+        layers |= transformers_layers(configs['moe'], layers['moe'], bench, device)
+
+        def run(layer):
+            def function(turn):
+                x = inputs[turn]
+                h = layer(x)
+                (h[0] if isinstance(h, tuple) else h).backward(cotangent)
+                layer.zero_grad(set_to_none=True)
+                x.grad = None
+            return function
+        inputs = [make_input(shape, tokens, bench, device, turn) for turn in range(bench.warmup + bench.rounds)]
+        cotangent = torch.randn_like(inputs[0])
+        seconds = alternate({name: run(layer) for name, layer in layers.items()}, bench)
+
+        c = configs['aoe']
+        print(f'\nlayer, {label}: D {c.n_embd}, d_ffn {c.d_ffn}, d_low {c.d_low}, E {c.n_expert}, K {c.top_k}, '
+              f'{tokens:,} tokens')
+        rows = [('', 'ms', 'of dense', 'predicted', 'of moe', 'predicted')]
+        for name in layers:
+            row = {'part': 'layer', 'shape': label, 'side': name, 'ms': 1e3 * statistics.median(seconds[name])}
+            for base in ('dense', 'moe'):
+                row[f'of_{base}'] = ratio(seconds[name], seconds[base])
+                config = configs.get(name, configs['moe'])
+                row[f'predicted_of_{base}'] = multiply_adds(configs[base]) / multiply_adds(config)
+            results.append(row)
+            rows.append((name, f'{row["ms"]:.2f}', *(f'{row[key]:.2f}' for key in (
+                'of_dense', 'predicted_of_dense', 'of_moe', 'predicted_of_moe'))))
+        print_rows(rows)
+    return results
+
+
+def bench_step(bench, device):
+    """A training step of the whole model, as train.py does it."""
+    results = []
+    for label, shape in MODELS.items():
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            with contextlib.redirect_stdout(None):
+                prepare(os.path.join(ROOT, 'model.py'), PrepareConfig(name='code'))
+            runs = plan_runs({'dataset': 'code', 'device': str(device), 'dtype': bench.dtype, 'seed': bench.seed,
+                              'aux_weight': bench.aux_weight, **shape}, {'mlp': 'dense,moe,aoe'})
+            trainings = {run.name: Training(run) for run in runs}
+        sides = {name: lambda turn, training=training: [training.step() for _ in range(3)]
+                 for name, training in trainings.items()}
+        seconds = alternate(sides, bench)
+        print(f'\ntraining step, {label}: {shape["n_layer"]} layers, D {shape["n_embd"]}, d_ffn {shape["d_ffn"]}, '
+              f'{shape["batch_size"]} x {shape["block_size"]} tokens')
+        rows = [('', 'tokens/s', 'of dense', 'of moe', 'FLOPs predict')]
+        for name, training in trainings.items():
+            row = {'part': 'step', 'shape': label, 'side': name,
+                   'tokens_per_second': 3 * training.tokens_per_iter / statistics.median(seconds[name]),
+                   'of_dense': ratio(seconds[name], seconds['dense']), 'of_moe': ratio(seconds[name], seconds['moe']),
+                   'predicted_of_moe': trainings['moe'].model.flops_per_token() / training.model.flops_per_token()}
+            results.append(row)
+            rows.append((name, f'{row["tokens_per_second"]:,.0f}', f'{row["of_dense"]:.2f}', f'{row["of_moe"]:.2f}',
+                         f'{row["predicted_of_moe"]:.2f}'))
+        print_rows(rows)
+    return results
+
+
+def bytes_kept(layer, x):
+    """Bytes that the layer keeps for backward, each storage once; parameters and the layer's input left out."""
+    left_out = {p.untyped_storage().data_ptr() for p in layer.parameters()} | {x.untyped_storage().data_ptr()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in left_out:
+            kept[storage.data_ptr()] = storage                             # held, so that no address is used twice
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        h = layer(x)
+    del h
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def bench_memory(bench, device):
+    """What a layer keeps for backward: exact, and the same on any machine."""
+    results = []
+    rows = [('KiB per token and layer', *MLPS)]
+    for label, (shape, tokens) in LAYERS.items():
+        cells = []
+        for mlp in MLPS:
+            layer = make_layer(layer_config(mlp, shape, bench), bench, device)
+            kib = bytes_kept(layer, make_input(shape, tokens, bench, device, 0)) / tokens / 1024
+            results.append({'part': 'memory', 'shape': label, 'side': mlp, 'kib_per_token': kib})
+            cells.append(f'{kib:.1f}')
+        rows.append((label, *cells))
+    print(f'\nkept for backward, {bench.dtype}')
+    print_rows(rows)
+    return results
+
+
+def bench_generate(bench, device):
+    """Text one token at a time: batch 1, 256 new tokens."""
+    shape = dict(MODELS['6 x 384'], vocab_size=84)
+    del shape['batch_size']
+    models = {}
+    for mlp in ('dense', 'moe', 'aoe'):
+        torch.manual_seed(bench.seed)
+        models[mlp] = GPT(GPTConfig(mlp=mlp, **shape)).to(device)
+    idx = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    few = BenchConfig(rounds=3, warmup=1)
+    seconds = alternate({mlp: lambda turn, model=model: model.generate(idx, 256, seed=0) for mlp, model in models.items()},
+                        few)
+    print('\ngeneration, 6 layers, D 384, batch 1, 256 tokens, float32')
+    rows, results = [('', 'tokens/s')], []
+    for mlp in models:
+        speed = 256 / statistics.median(seconds[mlp])
+        results.append({'part': 'generate', 'side': mlp, 'tokens_per_second': speed})
+        rows.append((mlp, f'{speed:.0f}'))
+    print_rows(rows)
+    return results
+
+
+def print_rows(rows):
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print('  ' + '  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
+
+
+def main(arguments):
+    values, rest = parse(BenchConfig, arguments, __doc__)
+    if rest:
+        raise UserError(f'expected --key=value, got {rest[0]!r}; --help lists the keys')
+    bench = build(BenchConfig, values)
+    if bench.threads:
+        torch.set_num_threads(bench.threads)
+    device = choose_device(bench.device)
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads'
+    print(f'torch {torch.__version__}, {device} ({name}), {bench.dtype}, {bench.rounds} rounds')
+    parts = {'layer': bench_layer, 'step': bench_step, 'memory': bench_memory, 'generate': bench_generate}
+    results = [row for part in bench.only.split(',') for row in parts[part](bench, device)]
+    if bench.json:
+        with open(bench.json, 'w', encoding='utf-8') as file:
+            json.dump({'torch': torch.__version__, 'device': name, **asdict(bench), 'results': results}, file, indent=1)
+
+
+if __name__ == '__main__':
+    configurator.run(main)
