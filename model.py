@@ -11,7 +11,8 @@ embedding and the head. Read from top to bottom: every part is made of the parts
 
 Shapes in the comments:
     B sequences, S positions, T = B*S tokens, D = n_embd
-    E = n_expert, K = top_k, N = T*K (token, expert) pairs, d = an expert's hidden width
+    E = n_expert, K = top_k, d = an expert's hidden width
+    P rows: the T*K chosen (token, expert) pairs, and some padding
 """
 
 import math
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -88,6 +90,11 @@ class Routing(NamedTuple):
     aux_loss: torch.Tensor   # (L,)    L_aux of Eq. 2, aux_weight included; 0 where that is 0
 
 
+def at_least_float32(x):
+    """Scores are not trusted to 16 bits, whatever the autocast dtype."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rotate(x, cos, sin):
     """Rotary positions: turn each pair of numbers (x1, x2) by an angle that grows with the position.
 
@@ -112,7 +119,12 @@ class CausalSelfAttention(nn.Module):
         qkv = self.qkv(x).view(B, S, 3, self.n_head, D // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # each (B, n_head, S, head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        # On a CPU, short sequences attend in float32: there the backward of bfloat16 takes 3 times as long.
+        in_float32 = x.device.type == 'cpu' and S < 256
+        if in_float32:
+            q, k, v = at_least_float32(q), at_least_float32(k), at_least_float32(v)
+        with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type) and not in_float32):
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
         return self.out(y.transpose(1, 2).reshape(B, S, D))
 
 
@@ -130,26 +142,116 @@ class MLP(nn.Module):
         return (F.silu(x @ self.w_g) * (x @ self.w_p)) @ self.w_o, None       # no routing to tell of
 
 
-def expert_matmul(rows, w, counts):
-    """Each expert's rows through its own matrix: rows (N, a), sorted by expert; w (E, a, b) -> (N, b).
+class Groups(NamedTuple):
+    """The chosen (token, expert) pairs as P rows sorted by expert, so that each expert gets its tokens in one piece."""
+    token: torch.Tensor      # (P,)    the token of each row
+    expert: torch.Tensor     # (P,)    its expert
+    row: torch.Tensor        # (T, K)  the row of each pair; the other P - T*K rows are padding
+    sizes: list              # E ints  rows of each expert, their sum is P
 
-    counts: how many rows belong to each of the E experts, a list of ints that sums to N.
+    def slices(self):
+        """(expert, the slice of its rows) for each expert that has any."""
+        start = 0
+        for i, size in enumerate(self.sizes):
+            if size:
+                yield i, slice(start, start + size)
+            start += size
+
+
+def group_by_expert(chosen, load):
+    """Groups of chosen (T, K), the experts of each token; load (E,) counts the pairs of each expert.
+
+    Each expert's rows are padded to a multiple of a sixteenth of the mean, with rows of token 0 that nothing reads.
+    A CPU prepares each new shape of a bfloat16 matmul for longer than it then takes: with few sizes, few are new.
     """
-    return torch.cat([r @ w_i for r, w_i in zip(rows.split(counts), w.unbind())])
+    T, K, E = len(chosen), chosen.shape[1], len(load)
+    multiple = max(1, T * K // E // 16)
+    padding = -load % multiple                                                # (E,)
+    expert, order = chosen.flatten().sort(stable=True)                        # (T*K,)
+    row_of_sorted = torch.arange(T * K, device=chosen.device) + (padding.cumsum(0) - padding)[expert]
+    sizes = (load + padding).tolist()
+    return Groups(
+        token=order.new_zeros(sum(sizes)).index_copy(0, row_of_sorted, order // K),
+        expert=torch.arange(E, device=chosen.device).repeat_interleave(load + padding, output_size=sum(sizes)),
+        row=torch.empty_like(order).index_copy(0, order, row_of_sorted).view(T, K),
+        sizes=sizes)
 
 
-def at_least_float32(x):
-    """Scores are not trusted to 16 bits, whatever the autocast dtype."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def as_autocast(x):
+    """x in the dtype that autocast multiplies in."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def sum_rows(y, row, weight=None):
+    """What the chosen experts say to each token, added up: y (P, D), row (T, K), weight (T, K) or None for 1 -> (T, D)."""
+    if y.device.type == 'cpu':               # one pass, where the line below makes three
+        return F.embedding_bag(row, y, mode='sum', per_sample_weights=None if weight is None else weight.type_as(y))
+    return (y[row] if weight is None else y[row] * weight.type_as(y).unsqueeze(-1)).sum(1)
+
+
+class Experts(torch.autograd.Function):
+    """The chosen experts: h_t = sum over k of w_tk ( SiLU(gate_in Wgate_i) * (x_t Wp_i) ) Wo_i, with i = I_tk.
+
+    Plain autograd gives the same (the tests compare with Algorithms 1 and 2 in slow loops), but it keeps for backward
+    every intermediate of every row. Here one expert after the other does all its work while its rows are in the cache,
+    and backward computes again what is cheap: SiLU(g) * u from g and u, the rows of x from x, and for aoe also
+    g = C_i Wup_i, from d_low numbers instead of d_wide.
+    """
+
+    @staticmethod
+    def forward(ctx, x, C, weight, w_gate, w_p, w_o, groups):
+        """x (T, D); C (P, d_low) for aoe, None for moe, whose gate_in is x; weight (T, K); Groups. Returns h (T, D)."""
+        P, d = len(groups.token), w_p.shape[2]
+        g = x.new_empty(P, d) if C is None else None
+        u, y = x.new_empty(P, d), x.new_empty(P, x.shape[1])
+        for i, rows in groups.slices():
+            X = x.index_select(0, groups.token[rows])
+            g_i = torch.mm(X, w_gate[i], out=g[rows]) if C is None else C[rows] @ w_gate[i]
+            torch.mm(X, w_p[i], out=u[rows])
+            torch.mm(F.silu(g_i).mul_(u[rows]), w_o[i], out=y[rows])
+        ctx.save_for_backward(x, C, weight, w_gate, w_p, w_o, g, u, y, *groups[:3])
+        ctx.sizes = groups.sizes
+        return sum_rows(y, groups.row, weight)
+
+    @staticmethod
+    def backward(ctx, dh):
+        x, C, weight, w_gate, w_p, w_o, g, u, y, *indices = ctx.saved_tensors
+        groups = Groups(*indices, ctx.sizes)
+        dx_rows, dC = torch.empty_like(y), None if C is None else torch.empty_like(C)
+        dw_gate, dw_p, dw_o = (torch.zeros_like(w) for w in (w_gate, w_p, w_o))
+        dy_weight = torch.zeros_like(y[:, 0])                                 # <dh, y> of each row: (P,)
+        row_weight = y.new_zeros(len(y), 1).index_copy(0, groups.row.flatten(), weight.type_as(y).view(-1, 1))
+        for i, rows in groups.slices():
+            X = x.index_select(0, groups.token[rows])
+            dy = dh.index_select(0, groups.token[rows])
+            dy_weight[rows] = torch.linalg.vecdot(dy, y[rows])
+            dy *= row_weight[rows]                                            # 0 in padding
+            gate_in, u_i = X if C is None else C[rows], u[rows]
+            g_i = g[rows] if C is None else gate_in @ w_gate[i]
+            silu_g = F.silu(g_i)
+            torch.mm((silu_g * u_i).T, dy, out=dw_o[i])
+            da = dy @ w_o[i].T
+            du = silu_g.mul_(da)
+            dg = torch.ops.aten.silu_backward(da.mul_(u_i), g_i)
+            torch.mm(X.T, du, out=dw_p[i])
+            torch.mm(gate_in.T, dg, out=dw_gate[i])
+            torch.mm(du, w_p[i].T, out=dx_rows[rows])
+            if C is None:
+                dx_rows[rows].addmm_(dg, w_gate[i].T)
+            else:
+                torch.mm(dg, w_gate[i].T, out=dC[rows])
+        dx = sum_rows(dx_rows, groups.row)
+        return dx, dC, dy_weight[groups.row].type_as(weight), dw_gate, dw_p, dw_o, None
 
 
 class SparseMLP(nn.Module):
     """What moe and aoe share: choose K of E experts for each token, run them, and add up what they say.
 
     A subclass adds the two things in which they differ:
-        score(x)             (T, D) -> scores (T, E), and whatever `gate` can reuse
-        gate(rows, reuse, pair)  the gate's pre-activation (N, d) of the chosen pairs, where rows (N, D) are
-                             their tokens and pair (N,) says where token t and expert i stand in (T, E), t*E + i
+        score(x)               (T, D) -> p (T, E), and whatever `gate` can reuse
+        gate(x, p, reuse, chosen, groups)   the scores of the chosen (T, K), with gradient; what goes into the gate
+                               (P, d_low), None for x; and the gate's matrices, stacked over experts
     """
     scores_are_norms = False
 
@@ -161,32 +263,22 @@ class SparseMLP(nn.Module):
 
     def forward(self, x):                                                     # (B, S, D)
         shape, x = x.shape, x.flatten(0, 1)                                   # (T, D)
-        scores, reuse = self.score(x)                                         # p: (T, E)
-        top, chosen = scores.topk(self.top_k)                                 # I = argtopK(p): (T, K)
+        p, reuse = self.score(x)                                              # (T, E)
+        chosen = p.topk(self.top_k).indices                                   # I = argtopK(p): (T, K)
+        load = torch.bincount(chosen.flatten(), minlength=self.n_expert)      # (E,)
+        groups = group_by_expert(chosen, load)
+        x = as_autocast(x)
+        top, gate_in, w_gate = self.gate(x, p, reuse, chosen, groups)
         weight = top.softmax(-1)                                              # w = softmax(p[I]): (T, K)
-
-        # The N = T*K pairs, sorted by expert, so that each expert gets its tokens in one piece.
-        expert, order = chosen.flatten().sort(stable=True)                    # (N,)
-        token = order // self.top_k                                           # (N,)
-        load = torch.bincount(expert, minlength=self.n_expert)                # (E,)
-        counts = load.tolist()
-
-        rows = x[token]                                                       # (N, D)
-        g = self.gate(rows, reuse, token * self.n_expert + expert, counts)    # (N, d)
-        u = expert_matmul(rows, self.w_p, counts)                             # (N, d)
-        y = expert_matmul(F.silu(g) * u, self.w_o, counts)                    # E_i(x): (N, D)
-
-        y = y * weight.flatten()[order].unsqueeze(1).type_as(y)               # w_i E_i(x)
-        y = torch.empty_like(y).index_copy(0, order, y)                       # back in the order of the tokens
-        h = y.view(-1, self.top_k, shape[-1]).sum(1)                          # sum over the chosen: (T, D)
-        return h.view(shape), self.routing(scores, load)
+        h = Experts.apply(x, gate_in, weight, *map(as_autocast, (w_gate, self.w_p, self.w_o)), groups)
+        return h.view(shape), self.routing(p, load)
 
     def routing(self, scores, load):
         """This layer's Routing, from scores (T, E) and the number of pairs that each expert handled (E,)."""
         if not self.aux_weight:
             scores = scores.detach()                                          # statistics alone need no gradient
         p = scores.softmax(-1)                                                # over all E, not the chosen K
-        f, P = load / len(scores), p.mean(0)                                  # Eq. 6; f sums to K
+        f, P = load.to(p.dtype) / len(scores), p.mean(0)                      # Eq. 6; f sums to K
         return Routing(
             load=f / self.top_k,
             prob=P.detach(),
@@ -204,17 +296,44 @@ class MoE(SparseMLP):
         self.w_g = nn.Parameter(torch.empty(config.n_expert, config.n_embd, config.d_ffn))
 
     def score(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            return at_least_float32(x) @ at_least_float32(self.router), None
+        return checkpoint(self.route, x, use_reentrant=False, preserve_rng_state=False), None           # keeps no float32 copy of x
 
-    def gate(self, rows, reuse, pair, counts):
-        return expert_matmul(rows, self.w_g, counts)                          # x Wg_i
+    def route(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return at_least_float32(x) @ at_least_float32(self.router)
+
+    def gate(self, x, p, reuse, chosen, groups):
+        return p.gather(1, chosen), None, self.w_g                            # x Wg_i
+
+
+class ChosenRows(torch.autograd.Function):
+    """C_i = x Wdown_i of the chosen pairs, which the self-evaluation has computed already: only backward has work."""
+
+    @staticmethod
+    def forward(ctx, x, w_down, C, groups):
+        """x (T, D), w_down (D, E*d_low), C (P, d_low) in the order of Groups. Returns C."""
+        ctx.save_for_backward(x, w_down, *groups[:3])
+        ctx.sizes = groups.sizes
+        return C.view_as(C)
+
+    @staticmethod
+    def backward(ctx, dC):
+        x, w_down, *indices = ctx.saved_tensors
+        groups = Groups(*indices, ctx.sizes)
+        w = w_down.view(len(w_down), len(groups.sizes), -1)                   # (D, E, d_low)
+        dw, dx_rows = torch.zeros_like(w), x.new_empty(len(dC), x.shape[1])
+        for i, rows in groups.slices():
+            dw[:, i] = x.index_select(0, groups.token[rows]).T @ dC[rows]
+            torch.mm(dC[rows], w[:, i].T, out=dx_rows[rows])
+        return sum_rows(dx_rows, groups.row), dw.view_as(w_down), None, None
 
 
 class AoE(SparseMLP):
     """Autonomy of experts, Algorithm 2: Wg_i = Wdown_i Wup_i, and p_i = ||x Wdown_i||, the expert's own response.
 
     The self-evaluation C = x Wdown of all E experts is one matmul; the chosen experts go on from their part of it.
+    Softmax over the chosen gives the others no gradient, so nothing of their C is kept or differentiated. L_aux
+    does need the gradient of all norms: then backward evaluates all experts once more.
     """
     scores_are_norms = True
 
@@ -224,11 +343,25 @@ class AoE(SparseMLP):
         self.w_up = nn.Parameter(torch.empty(config.n_expert, config.d_low, config.d_wide))
 
     def score(self, x):
-        C = (x @ self.w_down).view(len(x), self.n_expert, -1)                 # Eq. 3: (T, E, d_low)
-        return torch.linalg.vector_norm(at_least_float32(C), dim=-1), C       # Eq. 4: (T, E)
+        if self.aux_weight and torch.is_grad_enabled():
+            p, C = checkpoint(self.evaluate, x, use_reentrant=False, preserve_rng_state=False)
+            return p, C.detach()
+        with torch.no_grad():
+            return self.evaluate(x)
 
-    def gate(self, rows, C, pair, counts):
-        return expert_matmul(C.flatten(0, 1)[pair], self.w_up, counts)        # C_i Wup_i
+    def evaluate(self, x):
+        C = (x @ self.w_down).view(len(x), self.n_expert, -1)                 # Eq. 3: (T, E, d_low)
+        return norm(C), C                                                     # Eq. 4: (T, E)
+
+    def gate(self, x, p, C, chosen, groups):
+        C = C.flatten(0, 1).index_select(0, groups.token * self.n_expert + groups.expert)
+        C = ChosenRows.apply(x, as_autocast(self.w_down), C, groups)                       # C_i of each row: (P, d_low)
+        return norm(C)[groups.row], C, self.w_up                              # p[I], then C_i Wup_i
+
+
+def norm(C):
+    """L2 norm over the last dimension, in float32 at least."""
+    return torch.linalg.vector_norm(C, dim=-1, dtype=torch.promote_types(C.dtype, torch.float32))
 
 
 MLPS = {'aoe': AoE, 'moe': MoE, 'dense': MLP}

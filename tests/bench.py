@@ -32,7 +32,7 @@ import configurator
 from configurator import UserError, build, parse
 from model import GPT, MLPS, GPTConfig, MoE
 from prepare_data import PrepareConfig, prepare
-from train import Run, TrainConfig, Training, choose_device, plan_runs
+from train import Run, TrainConfig, Training, choose_device, keep_freed_memory, plan_runs
 
 PARTS = ('layer', 'step', 'memory', 'generate')
 LAYERS = {          # the MLP alone: its configuration, and the tokens that pass it at once
@@ -58,6 +58,7 @@ class BenchConfig:
     device: str = 'auto'                          # auto: cuda, else mps, else cpu
     dtype: Literal['float32', 'bfloat16'] = 'bfloat16'   # of weights and inputs; of autocast in a training step
     aux_weight: float = 0.0                       # weight of the load-balancing loss
+    keep_freed_memory: bool = True                # as train.py does; False: the C library's own way
     json: str | None = None                       # write the figures to this file as well
 
     def __post_init__(self):
@@ -121,7 +122,7 @@ def make_input(shape, tokens, bench, device, turn):
     return x.to(device, getattr(torch, bench.dtype)).requires_grad_()
 
 
-def transformers_layers(config, moe, bench, device):
+def transformers_layers(config, tokens, moe, bench, device):
     """Hugging Face's Mixtral block with the weights of moe: setting -> function(x). Empty without transformers."""
     try:
         from transformers import MixtralConfig
@@ -131,6 +132,8 @@ def transformers_layers(config, moe, bench, device):
         return {}
     layers = {}
     for setting in ('eager', 'batched_mm', 'grouped_mm'):
+        if setting == 'batched_mm' and tokens * moe.w_p[0].numel() > 2**28:
+            continue                                                           # it copies the matrices for every pair
         theirs = MixtralConfig(hidden_size=config.n_embd, intermediate_size=config.d_ffn, num_local_experts=config.n_expert,
                                num_experts_per_tok=config.top_k, experts_implementation=setting)
         block = MixtralSparseMoeBlock(theirs).to(device, getattr(torch, bench.dtype))
@@ -148,7 +151,7 @@ def bench_layer(bench, device):
     for label, (shape, tokens) in LAYERS.items():
         configs = {mlp: layer_config(mlp, shape, bench) for mlp in ('dense', 'moe', 'aoe')}
         layers = {mlp: make_layer(config, bench, device) for mlp, config in configs.items()}
-        layers |= transformers_layers(configs['moe'], layers['moe'], bench, device)
+        layers |= transformers_layers(configs['moe'], tokens, layers['moe'], bench, device)
 
         def run(layer):
             def function(turn):
@@ -275,6 +278,8 @@ def main(arguments):
     bench = build(BenchConfig, values)
     if bench.threads:
         torch.set_num_threads(bench.threads)
+    if bench.keep_freed_memory:
+        keep_freed_memory()
     device = choose_device(bench.device)
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads'
     print(f'torch {torch.__version__}, {device} ({name}), {bench.dtype}, {bench.rounds} rounds')

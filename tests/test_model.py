@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, MLP, MLPS, AoE, MoE, rotate
+from model import GPT, GPTConfig, MLP, MLPS, AoE, MoE, group_by_expert, rotate
 
 SPARSE = ('moe', 'aoe')
 
@@ -52,21 +52,76 @@ def algorithm_2(m, x, K):
     return h
 
 
+def aux_loss(m, x, scores):
+    """L_aux of Eq. 2 and 6, with weight m.aux_weight, for tokens x (T, D) whose scores are lists of E numbers."""
+    E, T = m.n_expert, len(x)
+    total = 0
+    for i in range(E):
+        f = sum(i in sorted(range(E), key=lambda j: -p[j].item())[:m.top_k] for p in scores) / T
+        P = sum(p[i].exp() / sum(q.exp() for q in p) for p in scores) / T
+        total = total + f * P
+    return m.aux_weight * E * total
+
+
+def router_scores(m, x):
+    return [list(token @ m.router) for token in x]
+
+
+def activation_norms(m, x):
+    return [[token.matmul(w).square().sum().sqrt() for w in m.w_down.split(m.w_up.shape[1], dim=1)] for token in x]
+
+
+@pytest.mark.parametrize('aux_weight', (0.0, 0.3))
 @pytest.mark.parametrize('top_k', (1, 2, 5))
-@pytest.mark.parametrize('mlp, algorithm', (('moe', algorithm_1), ('aoe', algorithm_2)))
-def test_layer_equals_the_algorithm_in_values_and_every_gradient(mlp, algorithm, top_k):
-    m = layer(mlp, top_k=top_k)
-    x = torch.randn(2, 6, 16, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(2, 6, 16, dtype=torch.float64)
+@pytest.mark.parametrize('mlp, algorithm, scores', (('moe', algorithm_1, router_scores), ('aoe', algorithm_2, activation_norms)))
+@pytest.mark.parametrize('tokens', (6, 150))                                    # without padding, and with
+def test_layer_equals_the_algorithm_in_values_and_every_gradient(mlp, algorithm, scores, top_k, aux_weight, tokens):
+    m = layer(mlp, top_k=top_k, aux_weight=aux_weight)
+    x = torch.randn(2, tokens // 2, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, tokens // 2, 16, dtype=torch.float64)
     leaves = dict(m.named_parameters()) | {'x': x}
 
-    fast = m(x)[0]
+    fast, routing = m(x)
     slow = torch.stack([torch.stack([algorithm(m, token, top_k) for token in sequence]) for sequence in x])
     torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
-    fast_grads = torch.autograd.grad((fast * weight).sum(), leaves.values(), allow_unused=True)
-    slow_grads = torch.autograd.grad((slow * weight).sum(), leaves.values(), allow_unused=True)
+    slow_aux = aux_loss(m, x.flatten(0, 1), scores(m, x.flatten(0, 1))) if aux_weight else torch.zeros(())
+    assert routing.aux_loss.item() == pytest.approx(slow_aux.item(), rel=1e-12)
+    fast_grads = torch.autograd.grad((fast * weight).sum() + routing.aux_loss, leaves.values(), allow_unused=True)
+    slow_grads = torch.autograd.grad((slow * weight).sum() + slow_aux, leaves.values(), allow_unused=True)
     for name, a, b in zip(leaves, fast_grads, slow_grads):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_groups_hold_every_pair_once_in_the_part_of_its_expert():
+    torch.manual_seed(0)
+    chosen = torch.rand(300, 4).topk(2).indices.clamp(max=2)                    # expert 3 of 4 gets none
+    chosen[:, 1] = (chosen[:, 0] + 1) % 3
+    groups = group_by_expert(chosen, torch.bincount(chosen.flatten(), minlength=4))
+    assert groups.sizes[3] == 0 and all(size % 9 == 0 for size in groups.sizes)  # 600 pairs // 4 experts // 16
+    assert sum(groups.sizes) == len(groups.token) == len(groups.expert)
+    assert len(set(groups.row.flatten().tolist())) == 600
+    for t, k in itertools.product(range(300), range(2)):
+        row = groups.row[t, k]
+        assert groups.token[row] == t and groups.expert[row] == chosen[t, k]
+    for i, rows in groups.slices():
+        assert (groups.expert[rows] == i).all()
+
+
+@pytest.mark.parametrize('mlp', SPARSE)
+def test_bfloat16_stays_close_to_float32(mlp):
+    torch.manual_seed(0)
+    model = GPT(small_config(mlp, n_embd=64, d_ffn=96))
+    idx = torch.randint(11, (16, 8))
+    exact = model(idx, idx)
+    with torch.autocast('cpu', torch.bfloat16):
+        rough = model(idx, idx)
+    assert abs(rough[1].item() - exact[1].item()) < 0.01
+    grads = []
+    for loss in (exact[1], rough[1]):
+        model.zero_grad()
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.cosine_similarity(*grads, dim=0) > 0.99
 
 
 @pytest.mark.parametrize('mlp', SPARSE)

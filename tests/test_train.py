@@ -67,7 +67,7 @@ def test_three_variants_leave_logs_checkpoints_pictures_and_a_table(trained):
 def test_an_untrained_model_knows_nothing(trained):
     meta = json.loads((trained[0] / 'data/code/meta.json').read_text(encoding='utf-8'))
     for mlp in VARIANTS:
-        assert log_of(trained[0] / 'out/three' / mlp)[0]['val_loss'] == pytest.approx(math.log(meta['vocab_size']), abs=0.1)
+        assert log_of(trained[0] / 'out/three' / mlp)[0]['val_loss'] == pytest.approx(math.log(meta['vocab_size']), abs=0.3)
 
 
 @pytest.mark.parametrize('mlp', VARIANTS)
