@@ -104,6 +104,20 @@ def rotate(x, cos, sin):
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1).type_as(x)
 
 
+class Past:
+    """Keys and values of the positions that one block has seen, so that generation computes each position once."""
+
+    def __init__(self):
+        self.length, self.k, self.v = 0, None, None
+
+    def extend(self, k, v):
+        """Append k, v (B, n_head, S, head_dim) and return all so far."""
+        self.length += k.shape[2]
+        self.k = k if self.k is None else torch.cat([self.k, k], dim=2)
+        self.v = v if self.v is None else torch.cat([self.v, v], dim=2)
+        return self.k, self.v
+
+
 class CausalSelfAttention(nn.Module):
     """Every position attends to itself and those before it."""
 
@@ -114,17 +128,19 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cos, sin):                                           # (B, S, D)
+    def forward(self, x, cos, sin, past=None):                                # (B, S, D)
         B, S, D = x.shape
         qkv = self.qkv(x).view(B, S, 3, self.n_head, D // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # each (B, n_head, S, head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if past is not None:                                                  # one position, or the first S
+            k, v = past.extend(k, v)
         # On a CPU, short sequences attend in float32: there the backward of bfloat16 takes 3 times as long.
         in_float32 = x.device.type == 'cpu' and S < 256
         if in_float32:
             q, k, v = at_least_float32(q), at_least_float32(k), at_least_float32(v)
         with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type) and not in_float32):
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=S > 1)
         return self.out(y.transpose(1, 2).reshape(B, S, D))
 
 
@@ -378,8 +394,8 @@ class Block(nn.Module):
         self.mlp = MLPS[config.mlp](config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cos, sin):                                           # (B, S, D)
-        x = x + self.dropout(self.attention(self.norm_1(x), cos, sin))
+    def forward(self, x, cos, sin, past=None):                                # (B, S, D)
+        x = x + self.dropout(self.attention(self.norm_1(x), cos, sin, past))
         h, routing = self.mlp(self.norm_2(x))
         return x + self.dropout(h), routing
 
@@ -429,21 +445,23 @@ class GPT(nn.Module):
                 std = 0.02 / math.sqrt(2 * self.config.n_layer)
             p.normal_(0.0, std)
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, past=None):
         """Predict the next token at every position.
 
-        idx, targets: (B, S) int64, S at most block_size. Returns, always in this order,
+        idx, targets: (B, S) int64, S at most block_size. past: a list of one Past per block, which idx continues by one
+        token, or begins. Returns, always in this order,
             logits  (B, S, vocab_size)
             loss    mean cross-entropy in nats per token, nothing added; None without targets
             routing Routing, one row per layer; its aux_loss is for the trainer to add
         """
-        S = idx.shape[1]
-        if S > self.config.block_size:
-            raise ValueError(f'expected at most block_size = {self.config.block_size} tokens, got {S}')
+        start = past[0].length if past else 0
+        end = start + idx.shape[1]
+        if end > self.config.block_size:
+            raise ValueError(f'expected at most block_size = {self.config.block_size} tokens, got {end}')
         x = self.dropout(self.embedding(idx))                                 # (B, S, D)
         routings = []
-        for block in self.blocks:
-            x, routing = block(x, self.cos[:S], self.sin[:S])
+        for i, block in enumerate(self.blocks):
+            x, routing = block(x, self.cos[start:end], self.sin[start:end], past[i] if past else None)
             routings.append(routing)
         logits = self.head(self.norm(x))                                      # (B, S, vocab_size)
         loss = None
@@ -460,13 +478,15 @@ class GPT(nn.Module):
         temperature: below 1 sharpens the prediction; 0 always takes the likeliest token (greedy).
         vocab_top_k: draw from that many likeliest tokens only. (top_k of the config is about experts.)
         seed: the same seed on the same machine draws the same text.
-        Returns (B, S + max_new_tokens). The context is the last block_size tokens. Sets the model to eval mode.
+        Returns (B, S + max_new_tokens). Sets the model to eval mode. The context begins as the last block_size tokens
+        of idx and grows; whenever it is full, it goes on from its later half.
         """
         self.eval()
         generator = torch.Generator(idx.device)
         generator.manual_seed(seed) if seed is not None else generator.seed()
+        past, new = [Past() for _ in self.blocks], idx[:, -self.config.block_size:]
         for _ in range(max_new_tokens):
-            logits, _, _ = self(idx[:, -self.config.block_size:])
+            logits, _, _ = self(new, past=past)
             logits = at_least_float32(logits[:, -1])                          # (B, vocab_size)
             if vocab_top_k is not None:
                 kept = logits.topk(min(vocab_top_k, logits.shape[-1])).values
@@ -476,6 +496,8 @@ class GPT(nn.Module):
             else:
                 new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
             idx = torch.cat([idx, new], dim=1)
+            if past[0].length == self.config.block_size:
+                past, new = [Past() for _ in self.blocks], idx[:, -max(1, self.config.block_size // 2):]
         return idx
 
     def total_parameters(self):

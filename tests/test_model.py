@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, MLP, MLPS, AoE, MoE, group_by_expert, rotate
+from model import GPT, GPTConfig, MLP, MLPS, AoE, MoE, Past, group_by_expert, rotate
 
 SPARSE = ('moe', 'aoe')
 
@@ -302,16 +302,33 @@ def test_rotary_scores_depend_on_the_distance_alone():
 
 
 @pytest.mark.parametrize('mlp', MLPS)
+def test_logits_with_a_past_equal_logits_without(mlp):
+    torch.manual_seed(0)
+    model = GPT(small_config(mlp)).double()
+    idx = torch.randint(11, (2, 8))
+    past = [Past() for _ in model.blocks]
+    parts = [model(idx[:, a:b], past=past)[0] for a, b in ((0, 3), (3, 4), (4, 5), (5, 6), (6, 7), (7, 8))]
+    torch.testing.assert_close(torch.cat(parts, 1), model(idx)[0], rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match='at most block_size = 8 tokens, got 9'):
+        model(idx[:, :1], past=past)
+
+
+@pytest.mark.parametrize('mlp', MLPS)
 def test_generation(mlp):
     torch.manual_seed(0)
     model = GPT(small_config(mlp))
-    idx = torch.tensor([[1, 2, 3]])
-    greedy = model.generate(idx, 12, temperature=0)
-    expected = idx
-    for _ in range(12):                                                         # past the context of 8
-        expected = torch.cat([expected, model(expected[:, -8:])[0][:, -1].argmax(-1, keepdim=True)], 1)
+    idx = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    greedy = model.generate(idx, 20, temperature=0)
+    expected, start = idx, 0
+    for _ in range(20):                                                         # past the context of 8
+        logits = model(expected[:, start:])[0]                                  # anew each time: nothing is cached
+        expected = torch.cat([expected, logits[:, -1].argmax(-1, keepdim=True)], 1)
+        if logits.shape[1] == 8:
+            start = expected.shape[1] - 4
     assert greedy.tolist() == expected.tolist()
-    assert model.generate(idx, 12, vocab_top_k=1).tolist() == expected.tolist()
+    assert model.generate(idx, 20, vocab_top_k=1).tolist() == expected.tolist()
+    longer = torch.randint(11, (1, 15))
+    assert model.generate(longer, 1, temperature=0)[0, -1] == model(longer[:, -8:])[0][0, -1].argmax()
 
     one, same, other = (model.generate(idx, 30, seed=s).tolist() for s in (1, 1, 2))
     assert one == same != other
