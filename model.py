@@ -62,7 +62,7 @@ class GPTConfig:
 
         if self.d_ffn is None:
             self.d_ffn = 4 * self.n_embd
-        if self.d_low is None:           # of the multiples of 8 around D/3, the one that brings aoe nearest to moe's size
+        if self.d_low is None:           # of the two multiples of 8 around D/3, the one that gets nearest to moe's size
             below = max(8, self.n_embd // 3 // 8 * 8)
             moe_size = 3 * self.n_embd * self.d_ffn + self.n_embd
             self.d_low = min(below, below + 8, key=lambda d_low: abs(self._aoe_expert_size(d_low) - moe_size))
@@ -139,8 +139,9 @@ class CausalSelfAttention(nn.Module):
         in_float32 = x.device.type == 'cpu' and S < 256
         if in_float32:
             q, k, v = at_least_float32(q), at_least_float32(k), at_least_float32(v)
+        dropout = self.dropout if self.training else 0.0
         with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type) and not in_float32):
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=S > 1)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=S > 1)
         return self.out(y.transpose(1, 2).reshape(B, S, D))
 
 
@@ -200,19 +201,22 @@ def as_autocast(x):
 
 
 def sum_rows(y, row, weight=None):
-    """What the chosen experts say to each token, added up: y (P, D), row (T, K), weight (T, K) or None for 1 -> (T, D)."""
+    """The rows of each token, weighted and added up: y (P, D), row (T, K), weight (T, K) or None for 1 -> (T, D)."""
     if y.device.type == 'cpu':               # one pass, where the line below makes three
         return F.embedding_bag(row, y, mode='sum', per_sample_weights=None if weight is None else weight.type_as(y))
     return (y[row] if weight is None else y[row] * weight.type_as(y).unsqueeze(-1)).sum(1)
 
 
 class Experts(torch.autograd.Function):
-    """The chosen experts: h_t = sum over k of w_tk ( SiLU(gate_in Wgate_i) * (x_t Wp_i) ) Wo_i, with i = I_tk.
+    """The chosen experts, the last line of Algorithms 1 and 2: for each expert i, with its rows X of x,
 
-    Plain autograd gives the same (the tests compare with Algorithms 1 and 2 in slow loops), but it keeps for backward
-    every intermediate of every row. Here one expert after the other does all its work while its rows are in the cache,
-    and backward computes again what is cheap: SiLU(g) * u from g and u, the rows of x from x, and for aoe also
-    g = C_i Wup_i, from d_low numbers instead of d_wide.
+        g = gate_in Wgate_i        x Wg_i for moe, C_i Wup_i for aoe
+        u = X Wp_i
+        y = (SiLU(g) * u) Wo_i     and h of a token is the sum of w y over its K rows
+
+    Plain autograd gives the same gradients, but keeps for backward every intermediate of every row. Here one expert
+    after the other does all its work while its rows are in the cache, and backward computes again what is cheap:
+    SiLU(g) * u from g and u, X from x, and for aoe also g, from d_low numbers a row instead of d_wide.
     """
 
     @staticmethod
@@ -236,38 +240,37 @@ class Experts(torch.autograd.Function):
         groups = Groups(*indices, ctx.sizes)
         dx_rows, dC = torch.empty_like(y), None if C is None else torch.empty_like(C)
         dw_gate, dw_p, dw_o = (torch.zeros_like(w) for w in (w_gate, w_p, w_o))
-        dy_weight = torch.zeros_like(y[:, 0])                                 # <dh, y> of each row: (P,)
+        dweight = torch.zeros_like(y[:, 0])                                   # of each row: (P,)
         row_weight = y.new_zeros(len(y), 1).index_copy(0, groups.row.flatten(), weight.type_as(y).view(-1, 1))
         for i, rows in groups.slices():
-            X = x.index_select(0, groups.token[rows])
-            dy = dh.index_select(0, groups.token[rows])
-            dy_weight[rows] = torch.linalg.vecdot(dy, y[rows])
+            X = x.index_select(0, groups.token[rows])                         # (n, D)
+            dy = dh.index_select(0, groups.token[rows])                       # (n, D)
+            dweight[rows] = torch.linalg.vecdot(dy, y[rows])
             dy *= row_weight[rows]                                            # 0 in padding
             gate_in, u_i = X if C is None else C[rows], u[rows]
-            g_i = g[rows] if C is None else gate_in @ w_gate[i]
+            g_i = g[rows] if C is None else gate_in @ w_gate[i]               # (n, d)
             silu_g = F.silu(g_i)
             torch.mm((silu_g * u_i).T, dy, out=dw_o[i])
-            da = dy @ w_o[i].T
+            da = dy @ w_o[i].T                                                # of a = SiLU(g) * u: (n, d)
             du = silu_g.mul_(da)
             dg = torch.ops.aten.silu_backward(da.mul_(u_i), g_i)
             torch.mm(X.T, du, out=dw_p[i])
             torch.mm(gate_in.T, dg, out=dw_gate[i])
             torch.mm(du, w_p[i].T, out=dx_rows[rows])
-            if C is None:
+            if C is None:                                                     # x went into g as well
                 dx_rows[rows].addmm_(dg, w_gate[i].T)
             else:
                 torch.mm(dg, w_gate[i].T, out=dC[rows])
-        dx = sum_rows(dx_rows, groups.row)
-        return dx, dC, dy_weight[groups.row].type_as(weight), dw_gate, dw_p, dw_o, None
+        return (sum_rows(dx_rows, groups.row), dC, dweight[groups.row].type_as(weight), dw_gate, dw_p, dw_o, None)
 
 
 class SparseMLP(nn.Module):
     """What moe and aoe share: choose K of E experts for each token, run them, and add up what they say.
 
     A subclass adds the two things in which they differ:
-        score(x)               (T, D) -> p (T, E), and whatever `gate` can reuse
-        gate(x, p, reuse, chosen, groups)   the scores of the chosen (T, K), with gradient; what goes into the gate
-                               (P, d_low), None for x; and the gate's matrices, stacked over experts
+        score(x)    from x (T, D): the scores p (T, E), and whatever `gate` can reuse
+        gate(x, p, reuse, chosen, groups)    the scores of the chosen (T, K), with gradient; what goes into the gate,
+                    (P, d_low), or None for x itself; and the matrices of the gate, stacked over experts
     """
     scores_are_norms = False
 
@@ -312,7 +315,8 @@ class MoE(SparseMLP):
         self.w_g = nn.Parameter(torch.empty(config.n_expert, config.n_embd, config.d_ffn))
 
     def score(self, x):
-        return checkpoint(self.route, x, use_reentrant=False, preserve_rng_state=False), None           # keeps no float32 copy of x
+        # checkpoint: computed again in backward, so that no float32 copy of x is kept
+        return checkpoint(self.route, x, use_reentrant=False, preserve_rng_state=False), None
 
     def route(self, x):
         with torch.autocast(x.device.type, enabled=False):

@@ -270,7 +270,10 @@ def prepare(corpus, config):
     split = int(len(text) * (1 - VAL_FRACTION))
     if not 0 < split < len(text):
         raise UserError(f'{source}: expected a text of at least two characters, got {len(text)}')
-    tokenizer = GPT2Tokenizer(config.data_dir) if config.tokenizer == 'gpt2' else CharTokenizer(''.join(sorted(set(text))))
+    if config.tokenizer == 'gpt2':
+        tokenizer = GPT2Tokenizer(config.data_dir)
+    else:
+        tokenizer = CharTokenizer(''.join(sorted(set(text))))
     if tokenizer.vocab_size > 65_536:
         raise UserError(f'{source}: expected at most 65,536 distinct characters, got {tokenizer.vocab_size:,}; '
                         'use --tokenizer=gpt2')

@@ -176,7 +176,7 @@ def reset_peak_memory(device):
 
 
 def peak_memory(device):
-    """Most bytes in use since the reset: by tensors on cuda, by the whole process on Linux; None where neither tells."""
+    """Most bytes in use since the reset: by tensors on cuda, by the process on Linux; None where neither tells."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -510,7 +510,7 @@ def draw_plots(out_dir):
 
 
 def draw_loss(plt, runs, color):
-    """Validation loss over iterations: a line per run, the mean of its seeds, in a band from the lowest to the highest."""
+    """Validation loss over iterations: a line per run, the mean of its seeds, in a band from lowest to highest."""
     figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
     top, bottom = [], []
     for name, seeds in runs.items():
