@@ -15,6 +15,7 @@ that are found there.
 
 import ctypes
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -154,20 +155,25 @@ def keep_freed_memory():
     """Let glibc keep large freed blocks instead of returning them to the kernel, which clears them page by page when
     the next step asks again: a quarter of the time of a training step on a CPU. Does nothing where there is no glibc.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4                      # of glibc's malloc.h
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(M_TOP_PAD, 64 * 2**20)
+    for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 * 2**20)):
+        call_glibc('mallopt', parameter, value)
+
+
+def call_glibc(function, *arguments):
+    """Call a function of the C library, where there is a glibc that has it."""
+    try:
+        getattr(ctypes.CDLL(None), function)(*arguments)
+    except (AttributeError, OSError, TypeError):
+        pass
 
 
 def reset_peak_memory(device):
+    gc.collect()
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        call_glibc('malloc_trim', 0)                                           # what an earlier run left
         try:
             with open('/proc/self/clear_refs', 'w') as file:   # Linux: the next peak starts at what is in use now
                 file.write('5')
@@ -582,7 +588,8 @@ def print_table(out_dir):
     for row in table:
         print('  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
     print(f'\nval loss: the lowest; Ent_load: at most ln {config["n_expert"]} = {math.log(config["n_expert"]):.3f}; '
-          f'pictures in {out_dir}')
+          f'pictures in {out_dir}\nmemory: the peak; on a CPU of the whole process, with what PyTorch prepared for\n'
+          'earlier runs of the same command still in it, so compare runs trained alone')
 
 
 def check_folders(runs):

@@ -14,7 +14,6 @@ alone, forward and backward), step (a training step of the model), memory
 import contextlib
 import gc
 import json
-import math
 import os
 import statistics
 import sys
@@ -71,15 +70,20 @@ class BenchConfig:
 
 
 def multiply_adds(config):
-    """Of one MLP layer per token, forward and backward: three times the forward's, since each product's gradient
-    is two products of the same size."""
+    """Of one MLP layer per token, forward and backward, as model.py executes them.
+
+    A product costs three times its forward, since its gradient is two products of the same size. What aoe spends on
+    self-evaluation is less: only the chosen of E have a gradient, unless L_aux asks for all (and evaluates all twice).
+    What it spends on the gate is more: C_i Wup_i is computed again in backward.
+    """
     D, E, K, d = config.n_embd, config.n_expert, config.top_k, config.d_ffn
     if config.mlp == 'dense':
         return 3 * K * 3 * D * d
     if config.mlp == 'moe':
         return 3 * (D * E + K * 3 * D * d)
     d_low, d_wide = config.d_low, config.d_wide
-    return 3 * (E * D * d_low + K * (d_low * d_wide + 2 * D * d_wide))
+    evaluation = (4 * E if config.aux_weight else E) * D * d_low + 2 * K * D * d_low
+    return evaluation + K * (4 * d_low * d_wide + 3 * 2 * D * d_wide)
 
 
 def alternate(sides, bench):
@@ -245,8 +249,7 @@ def bench_memory(bench, device):
 
 def bench_generate(bench, device):
     """Text one token at a time: batch 1, 256 new tokens."""
-    shape = dict(MODELS['6 x 384'], vocab_size=84)
-    del shape['batch_size']
+    shape = {key: value for key, value in MODELS['6 x 384'].items() if key != 'batch_size'} | {'vocab_size': 84}
     models = {}
     for mlp in ('dense', 'moe', 'aoe'):
         torch.manual_seed(bench.seed)
