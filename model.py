@@ -62,10 +62,9 @@ class GPTConfig:
 
         if self.d_ffn is None:
             self.d_ffn = 4 * self.n_embd
-        if self.d_low is None:           # of the two multiples of 8 around D/3, the one that gets nearest to moe's size
-            below = max(8, self.n_embd // 3 // 8 * 8)
-            moe_size = 3 * self.n_embd * self.d_ffn + self.n_embd
-            self.d_low = min(below, below + 8, key=lambda d_low: abs(self._aoe_expert_size(d_low) - moe_size))
+        if self.d_low is None:           # the multiple of 8 nearest to D/3 for which a d_wide gives aoe moe's size
+            choices = range(8, max(8, self.n_embd // 2) + 1, 8)
+            self.d_low = min(choices, key=lambda d_low: (self._mismatch(d_low) > 0.008, abs(d_low - self.n_embd / 3)))
         require(self.d_low <= self.n_embd, f'd_low: expected at most n_embd = {self.n_embd}, got {self.d_low}')
 
     @property
@@ -77,8 +76,12 @@ class GPTConfig:
         exact = (3 * self.n_embd * self.d_ffn - d_low * self.n_embd) / (d_low + 2 * self.n_embd)
         return max(8, 8 * round(exact / 8))
 
-    def _aoe_expert_size(self, d_low):
-        return self.n_embd * d_low + d_low * self._d_wide(d_low) + 2 * self.n_embd * self._d_wide(d_low)
+    def _mismatch(self, d_low):
+        """How far an aoe expert is from the size of a moe expert and its column of the router, as a fraction."""
+        d_wide = self._d_wide(d_low)
+        aoe = self.n_embd * d_low + d_low * d_wide + 2 * self.n_embd * d_wide
+        moe = 3 * self.n_embd * self.d_ffn + self.n_embd
+        return abs(aoe / moe - 1)
 
 
 class Routing(NamedTuple):

@@ -2,7 +2,7 @@
 Turn a text into tokens on disk: data/<name>/train.bin, val.bin and meta.json.
 
     python prepare_data.py                               # Shakespeare's works
-    python prepare_data.py tinyshakespeare               # nanoGPT's 1 MB of them
+    python prepare_data.py tinyshakespeare               # nanoGPT's 1 MB
     python prepare_data.py tinyshakespeare --input=FILE  # from a copy you have
     python prepare_data.py my.txt                        # any text, to data/my
     python prepare_data.py my.txt --tokenizer=gpt2       # to data/my_gpt2

@@ -50,8 +50,9 @@ class BenchConfig:
     """The keys of this script."""
     # keys
     only: str = 'layer,step,memory,generate'      # the parts to measure, comma-separated
+    shapes: str = 'quick start,medium,paper'      # of the layers, comma-separated
     rounds: int = 15                              # measurements of each side; the median counts
-    warmup: int = 3                               # rounds before them, not counted
+    warmup: int = 15                              # rounds before them, not counted
     seed: int = 0                                 # of weights and inputs
     threads: int | None = None                    # of the CPU; None: PyTorch's choice
     device: str = 'auto'                          # auto: cuda, else mps, else cpu
@@ -61,9 +62,10 @@ class BenchConfig:
     json: str | None = None                       # write the figures to this file as well
 
     def __post_init__(self):
-        for part in self.only.split(','):
-            if part not in PARTS:
-                raise ValueError(f'only: expected some of {",".join(PARTS)}, got {part!r}')
+        for key, known in (('only', PARTS), ('shapes', LAYERS)):
+            for part in getattr(self, key).split(','):
+                if part not in known:
+                    raise ValueError(f'{key}: expected some of {",".join(known)}, got {part!r}')
         for key in ('rounds', 'warmup', 'threads'):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f'{key}: expected a positive number, got {getattr(self, key)}')
@@ -152,7 +154,8 @@ def transformers_layers(config, tokens, moe, bench, device):
 def bench_layer(bench, device):
     """An MLP alone, forward and backward."""
     results = []
-    for label, (shape, tokens) in LAYERS.items():
+    for label in bench.shapes.split(','):
+        shape, tokens = LAYERS[label]
         configs = {mlp: layer_config(mlp, shape, bench) for mlp in ('dense', 'moe', 'aoe')}
         layers = {mlp: make_layer(config, bench, device) for mlp, config in configs.items()}
         layers |= transformers_layers(configs['moe'], tokens, layers['moe'], bench, device)
@@ -234,7 +237,8 @@ def bench_memory(bench, device):
     """What a layer keeps for backward: exact, and the same on any machine."""
     results = []
     rows = [('KiB per token and layer', *MLPS)]
-    for label, (shape, tokens) in LAYERS.items():
+    for label in bench.shapes.split(','):
+        shape, tokens = LAYERS[label]
         cells = []
         for mlp in MLPS:
             layer = make_layer(layer_config(mlp, shape, bench), bench, device)

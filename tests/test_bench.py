@@ -1,0 +1,41 @@
+"""tests/bench.py: the bytes that a layer keeps for backward, which are the same on any machine."""
+
+import json
+
+import torch
+
+from bench import LAYERS, BenchConfig, bytes_kept, layer_config, make_input, make_layer
+from conftest import run_script
+
+
+def kept_per_token(mlp, label, **changes):
+    bench, device = BenchConfig(**changes), torch.device('cpu')
+    shape, tokens = LAYERS[label]
+    layer = make_layer(layer_config(mlp, shape, bench), bench, device)
+    return bytes_kept(layer, make_input(shape, tokens, bench, device, 0)) / tokens
+
+
+def test_the_layers_keep_what_they_should():
+    K, D, d, d_low, d_wide = 2, 384, 1024, 128, 1264
+    # bfloat16, padding of at most a sixteenth, and 64 bytes a pair for weights, scores and indices
+    def bound(numbers_per_pair):
+        return K * (2 * numbers_per_pair * 17 / 16 + 64)
+    dense, moe, aoe = (kept_per_token(mlp, 'medium') for mlp in ('dense', 'moe', 'aoe'))
+    assert dense == 2 * 4 * K * d                                              # g, u, SiLU(g), SiLU(g) * u
+    assert K * 2 * (2 * d + D) <= moe <= bound(2 * d + D)                      # g, u, y
+    assert K * 2 * (d_low + d_wide + D) <= aoe <= bound(d_low + d_wide + D)    # C_i, u, y: nothing of all E experts
+    assert aoe < 0.8 * moe
+
+
+def test_the_norms_of_all_experts_are_not_kept_with_aux_loss_either():
+    assert kept_per_token('aoe', 'medium', aux_weight=0.01) < kept_per_token('aoe', 'medium') + 100
+
+
+def test_the_script_writes_what_it_prints(tmp_path):
+    printed = run_script('tests/bench.py', '--only=layer,memory', '--shapes=quick start', '--rounds=1', '--warmup=1',
+                         '--json=bench.json', cwd=tmp_path).stdout
+    results = json.loads((tmp_path / 'bench.json').read_text())['results']
+    for part, figure in (('layer', '{ms:.2f}'), ('memory', '{kib_per_token:.1f}')):
+        rows = [row for row in results if row['part'] == part]
+        assert {row['side'] for row in rows} >= {'dense', 'moe', 'aoe'}
+        assert all(figure.format(**row) in printed for row in rows)
