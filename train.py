@@ -431,7 +431,7 @@ class Training:
         print(f'\n{self.run.name}: {facts["total_parameters"]:,} parameters, {facts["active_parameters"]:,} active, '
               f'{facts["flops_per_token"] / 1e6:.1f} MFLOPs per token\n'
               f'{self.config.max_iters:,} iterations of {self.tokens_per_iter:,} tokens, {self.device}, '
-              f'{str(self.dtype).removeprefix("torch.")}, seed {self.config.seed}, in {self.run.folder}')
+              f'{str(self.dtype).removeprefix("torch.")}, seed {self.config.seed}\nin {self.run.folder}')
         return facts
 
 
