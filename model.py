@@ -378,7 +378,7 @@ class AoE(SparseMLP):
 
     def gate(self, x, p, C, chosen, groups):
         C = C.flatten(0, 1).index_select(0, groups.token * self.n_expert + groups.expert)
-        C = ChosenRows.apply(x, as_autocast(self.w_down), C, groups)                       # C_i of each row: (P, d_low)
+        C = ChosenRows.apply(x, as_autocast(self.w_down), C, groups)          # C_i of each row: (P, d_low)
         return norm(C)[groups.row], C, self.w_up                              # p[I], then C_i Wup_i
 
 

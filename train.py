@@ -564,6 +564,14 @@ def draw_expert_load(plt, runs, color):
     return figure
 
 
+def print_rows(rows, indent=''):
+    """Rows of strings as a table: the first column flush left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        print(indent + '  '.join(cells))
+
+
 def print_table(out_dir):
     """The runs of out_dir side by side; where a run has several seeds, mean and standard deviation."""
     def mean(values, form):
@@ -583,10 +591,8 @@ def print_table(out_dir):
                       mean(ent_load, '.3f') if ent_load else '-',
                       f'{statistics.median(speeds):,.0f}' if speeds else '-',
                       f'{max(memory) / 1e6:,.0f} MB' if memory else '-'))
-    widths = [max(map(len, column)) for column in zip(*table)]
     print()
-    for row in table:
-        print('  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
+    print_rows(table)
     print(f'\nval loss: the lowest; Ent_load: at most ln {config["n_expert"]} = {math.log(config["n_expert"]):.3f}; '
           f'pictures in {out_dir}\nmemory: the peak; on a CPU of the whole process, with what PyTorch prepared for\n'
           'earlier runs of the same command still in it, so compare runs trained alone')

@@ -29,9 +29,9 @@ sys.path.insert(0, ROOT)
 
 import configurator
 from configurator import UserError, build, parse
-from model import GPT, MLPS, GPTConfig, MoE
+from model import GPT, MLPS, GPTConfig
 from prepare_data import PrepareConfig, prepare
-from train import Run, TrainConfig, Training, choose_device, keep_freed_memory, plan_runs
+from train import Training, choose_device, keep_freed_memory, plan_runs, print_rows
 
 PARTS = ('layer', 'step', 'memory', 'generate')
 LAYERS = {          # the MLP alone: its configuration, and the tokens that pass it at once
@@ -185,7 +185,7 @@ def bench_layer(bench, device):
             results.append(row)
             rows.append((name, f'{row["ms"]:.2f}', *(f'{row[key]:.2f}' for key in (
                 'of_dense', 'predicted_of_dense', 'of_moe', 'predicted_of_moe'))))
-        print_rows(rows)
+        print_rows(rows, indent='  ')
     return results
 
 
@@ -193,10 +193,10 @@ def bench_step(bench, device):
     """A training step of the whole model, as train.py does it."""
     results = []
     for label, shape in MODELS.items():
-        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        with tempfile.TemporaryDirectory() as folder:
             with contextlib.redirect_stdout(None):
-                prepare(os.path.join(ROOT, 'model.py'), PrepareConfig(name='code'))
-            runs = plan_runs({'dataset': 'code', 'device': str(device), 'dtype': bench.dtype, 'seed': bench.seed,
+                prepare(os.path.join(ROOT, 'model.py'), PrepareConfig(name='code', data_dir=folder))
+            runs = plan_runs({'dataset': 'code', 'data_dir': folder, 'device': str(device), 'dtype': bench.dtype, 'seed': bench.seed,
                               'aux_weight': bench.aux_weight, **shape}, {'mlp': 'dense,moe,aoe'})
             trainings = {run.name: Training(run) for run in runs}
         sides = {name: lambda turn, training=training: [training.step() for _ in range(3)]
@@ -213,7 +213,7 @@ def bench_step(bench, device):
             results.append(row)
             rows.append((name, f'{row["tokens_per_second"]:,.0f}', f'{row["of_dense"]:.2f}', f'{row["of_moe"]:.2f}',
                          f'{row["predicted_of_moe"]:.2f}'))
-        print_rows(rows)
+        print_rows(rows, indent='  ')
     return results
 
 
@@ -247,7 +247,7 @@ def bench_memory(bench, device):
             cells.append(f'{kib:.1f}')
         rows.append((label, *cells))
     print(f'\nkept for backward, {bench.dtype}')
-    print_rows(rows)
+    print_rows(rows, indent='  ')
     return results
 
 
@@ -268,14 +268,8 @@ def bench_generate(bench, device):
         speed = 256 / statistics.median(seconds[mlp])
         results.append({'part': 'generate', 'side': mlp, 'tokens_per_second': speed})
         rows.append((mlp, f'{speed:.0f}'))
-    print_rows(rows)
+    print_rows(rows, indent='  ')
     return results
-
-
-def print_rows(rows):
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print('  ' + '  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
 
 
 def main(arguments):
