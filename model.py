@@ -163,38 +163,50 @@ class MLP(nn.Module):
 
 
 class Groups(NamedTuple):
-    """The chosen (token, expert) pairs as P rows sorted by expert, so that each expert gets its tokens in one piece."""
+    """The chosen (token, expert) pairs as P rows sorted by expert, so that each expert has its tokens in one piece."""
     token: torch.Tensor      # (P,)    the token of each row
     expert: torch.Tensor     # (P,)    its expert
     row: torch.Tensor        # (T, K)  the row of each pair; the other P - T*K rows are padding
-    sizes: list              # E ints  rows of each expert, their sum is P
-
-    def slices(self):
-        """(expert, the slice of its rows) for each expert that has any."""
-        start = 0
-        for i, size in enumerate(self.sizes):
-            if size:
-                yield i, slice(start, start + size)
-            start += size
+    ends: torch.Tensor       # (E,)    int32, the row at which each expert's rows end; the last is P
 
 
 def group_by_expert(chosen, load):
     """Groups of chosen (T, K), the experts of each token; load (E,) counts the pairs of each expert.
 
-    Each expert's rows are padded to a multiple of a sixteenth of the mean, with rows of token 0 that nothing reads.
-    A CPU prepares each new shape of a bfloat16 matmul for longer than it then takes: with few sizes, few are new.
+    Each expert's rows are padded to a multiple of up to 16, with rows of token 0 that nothing reads: a CPU prepares each
+    new shape of a bfloat16 matmul for longer than it then takes, and with few shapes few are new. P does not depend
+    on the choice (the last expert takes what is left), so that a GPU is never waited for.
     """
     T, K, E = len(chosen), chosen.shape[1], len(load)
-    multiple = max(1, T * K // E // 16)
+    multiple = max(1, min(16, T * K // E // 16))
+    P = (T * K + E * (multiple - 1)) // multiple * multiple                   # the most that padding can need
     padding = -load % multiple                                                # (E,)
     expert, order = chosen.flatten().sort(stable=True)                        # (T*K,)
     row_of_sorted = torch.arange(T * K, device=chosen.device) + (padding.cumsum(0) - padding)[expert]
-    sizes = (load + padding).tolist()
+    ends = (load + padding).cumsum(0)
+    ends[-1] = P
     return Groups(
-        token=order.new_zeros(sum(sizes)).index_copy(0, row_of_sorted, order // K),
-        expert=torch.arange(E, device=chosen.device).repeat_interleave(load + padding, output_size=sum(sizes)),
+        token=order.new_zeros(P).index_copy(0, row_of_sorted, order // K),
+        expert=torch.bucketize(torch.arange(P, device=chosen.device), ends, right=True),
         row=torch.empty_like(order).index_copy(0, order, row_of_sorted).view(T, K),
-        sizes=sizes)
+        ends=ends.int())
+
+
+def grouped_mm(a, b, ends):
+    """A matmul for each expert: a (P, m), b (E, m, n) -> (P, n), or, as the gradient of b, a (m, P), b (P, n) -> (E, m, n).
+
+    Where PyTorch has one call for it (widths of whole 16 bytes; bfloat16, and float32 unless compiled), that is used:
+    it does not wait for a GPU to learn `ends`. The loop says what it does.
+    """
+    whole = all(n * a.element_size() % 16 == 0 for t in (a, b) for n in t.stride() if n > 1)
+    known = a.dtype == torch.bfloat16 or a.dtype == torch.float32 and not torch.compiler.is_compiling()
+    if hasattr(F, 'grouped_mm') and whole and known:
+        return F.grouped_mm(a, b, offs=ends)
+    ends = ends.tolist()
+    pieces = [slice(start, end) for start, end in zip([0] + ends, ends)]
+    if b.dim() == 3:
+        return torch.cat([a[piece] @ b[i] for i, piece in enumerate(pieces)])
+    return torch.stack([a[:, piece] @ b[piece] for piece in pieces])
 
 
 def as_autocast(x):
@@ -217,54 +229,40 @@ class Experts(torch.autograd.Function):
         u = X Wp_i
         y = (SiLU(g) * u) Wo_i     and h of a token is the sum of w y over its K rows
 
-    Plain autograd gives the same gradients, but keeps for backward every intermediate of every row. Here one expert
-    after the other does all its work while its rows are in the cache, and backward computes again what is cheap:
-    SiLU(g) * u from g and u, X from x, and for aoe also g, from d_low numbers a row instead of d_wide.
+    Plain autograd gives the same gradients, but keeps every intermediate for backward. Here backward computes again
+    what is cheap: SiLU(g) * u from g and u, X from x, and for aoe also g, from d_low numbers a row instead of d_wide.
     """
 
     @staticmethod
-    def forward(ctx, x, C, weight, w_gate, w_p, w_o, groups):
+    def forward(ctx, x, C, weight, w_gate, w_p, w_o, *groups):
         """x (T, D); C (P, d_low) for aoe, None for moe, whose gate_in is x; weight (T, K); Groups. Returns h (T, D)."""
-        P, d = len(groups.token), w_p.shape[2]
-        g = x.new_empty(P, d) if C is None else None
-        u, y = x.new_empty(P, d), x.new_empty(P, x.shape[1])
-        for i, rows in groups.slices():
-            X = x.index_select(0, groups.token[rows])
-            g_i = torch.mm(X, w_gate[i], out=g[rows]) if C is None else C[rows] @ w_gate[i]
-            torch.mm(X, w_p[i], out=u[rows])
-            torch.mm(F.silu(g_i).mul_(u[rows]), w_o[i], out=y[rows])
-        ctx.save_for_backward(x, C, weight, w_gate, w_p, w_o, g, u, y, *groups[:3])
-        ctx.sizes = groups.sizes
-        return sum_rows(y, groups.row, weight)
+        token, _, row, ends = groups
+        X = x.index_select(0, token)                                          # (P, D)
+        g = grouped_mm(X if C is None else C, w_gate, ends)                   # (P, d)
+        u = grouped_mm(X, w_p, ends)                                          # (P, d)
+        y = grouped_mm(F.silu(g).mul_(u), w_o, ends)                          # (P, D)
+        ctx.save_for_backward(x, C, weight, w_gate, w_p, w_o, g if C is None else None, u, y, token, row, ends)
+        return sum_rows(y, row, weight)
 
     @staticmethod
     def backward(ctx, dh):
-        x, C, weight, w_gate, w_p, w_o, g, u, y, *indices = ctx.saved_tensors
-        groups = Groups(*indices, ctx.sizes)
-        dx_rows, dC = torch.empty_like(y), None if C is None else torch.empty_like(C)
-        dw_gate, dw_p, dw_o = (torch.zeros_like(w) for w in (w_gate, w_p, w_o))
-        dweight = torch.zeros_like(y[:, 0])                                   # of each row: (P,)
-        row_weight = y.new_zeros(len(y), 1).index_copy(0, groups.row.flatten(), weight.type_as(y).view(-1, 1))
-        for i, rows in groups.slices():
-            X = x.index_select(0, groups.token[rows])                         # (n, D)
-            dy = dh.index_select(0, groups.token[rows])                       # (n, D)
-            dweight[rows] = torch.linalg.vecdot(dy, y[rows])
-            dy *= row_weight[rows]                                            # 0 in padding
-            gate_in, u_i = X if C is None else C[rows], u[rows]
-            g_i = g[rows] if C is None else gate_in @ w_gate[i]               # (n, d)
-            silu_g = F.silu(g_i)
-            torch.mm((silu_g * u_i).T, dy, out=dw_o[i])
-            da = dy @ w_o[i].T                                                # of a = SiLU(g) * u: (n, d)
-            du = silu_g.mul_(da)
-            dg = torch.ops.aten.silu_backward(da.mul_(u_i), g_i)
-            torch.mm(X.T, du, out=dw_p[i])
-            torch.mm(gate_in.T, dg, out=dw_gate[i])
-            torch.mm(du, w_p[i].T, out=dx_rows[rows])
-            if C is None:                                                     # x went into g as well
-                dx_rows[rows].addmm_(dg, w_gate[i].T)
-            else:
-                torch.mm(dg, w_gate[i].T, out=dC[rows])
-        return (sum_rows(dx_rows, groups.row), dC, dweight[groups.row].type_as(weight), dw_gate, dw_p, dw_o, None)
+        x, C, weight, w_gate, w_p, w_o, g, u, y, token, row, ends = ctx.saved_tensors
+        X = x.index_select(0, token)                                          # (P, D)
+        gate_in = X if C is None else C
+        g = grouped_mm(C, w_gate, ends) if g is None else g                   # (P, d)
+        silu_g = F.silu(g)
+        dy = dh.index_select(0, token)                                        # (P, D)
+        dweight = torch.linalg.vecdot(dy, y)[row].type_as(weight)             # (T, K)
+        dy *= y.new_zeros(len(y)).index_copy(0, row.flatten(), weight.type_as(y).flatten()).unsqueeze(1)   # 0 in padding
+        dw_o = grouped_mm((silu_g * u).T, dy, ends)
+        da = grouped_mm(dy, w_o.mT, ends)                                     # of a = SiLU(g) * u: (P, d)
+        du = silu_g.mul_(da)
+        dg = torch.ops.aten.silu_backward(da.mul_(u), g)
+        dw_gate, dw_p = grouped_mm(gate_in.T, dg, ends), grouped_mm(X.T, du, ends)
+        dX, dgate_in = grouped_mm(du, w_p.mT, ends), grouped_mm(dg, w_gate.mT, ends)
+        if C is None:                                                         # x went into the gate as well
+            dX, dgate_in = dX.add_(dgate_in), None
+        return (sum_rows(dX, row), dgate_in, dweight, dw_gate, dw_p, dw_o, None, None, None, None)
 
 
 class SparseMLP(nn.Module):
@@ -287,12 +285,12 @@ class SparseMLP(nn.Module):
         shape, x = x.shape, x.flatten(0, 1)                                   # (T, D)
         p, reuse = self.score(x)                                              # (T, E)
         chosen = p.topk(self.top_k).indices                                   # I = argtopK(p): (T, K)
-        load = torch.bincount(chosen.flatten(), minlength=self.n_expert)      # (E,)
+        load = chosen.new_zeros(self.n_expert).scatter_add(0, chosen.flatten(), torch.ones_like(chosen).flatten())   # (E,)
         groups = group_by_expert(chosen, load)
         x = as_autocast(x)
         top, gate_in, w_gate = self.gate(x, p, reuse, chosen, groups)
         weight = top.softmax(-1)                                              # w = softmax(p[I]): (T, K)
-        h = Experts.apply(x, gate_in, weight, *map(as_autocast, (w_gate, self.w_p, self.w_o)), groups)
+        h = Experts.apply(x, gate_in, weight, *map(as_autocast, (w_gate, self.w_p, self.w_o)), *groups)
         return h.view(shape), self.routing(p, load)
 
     def routing(self, scores, load):
@@ -333,22 +331,18 @@ class ChosenRows(torch.autograd.Function):
     """C_i = x Wdown_i of the chosen pairs, which the self-evaluation has computed already: only backward has work."""
 
     @staticmethod
-    def forward(ctx, x, w_down, C, groups):
-        """x (T, D), w_down (D, E*d_low), C (P, d_low) in the order of Groups. Returns C."""
-        ctx.save_for_backward(x, w_down, *groups[:3])
-        ctx.sizes = groups.sizes
+    def forward(ctx, x, w_down, C, token, row, ends):
+        """x (T, D), w_down (D, E*d_low), C (P, d_low); token, row and ends are those of Groups. Returns C."""
+        ctx.save_for_backward(x, w_down, token, row, ends)
         return C.view_as(C)
 
     @staticmethod
     def backward(ctx, dC):
-        x, w_down, *indices = ctx.saved_tensors
-        groups = Groups(*indices, ctx.sizes)
-        w = w_down.view(len(w_down), len(groups.sizes), -1)                   # (D, E, d_low)
-        dw, dx_rows = torch.zeros_like(w), x.new_empty(len(dC), x.shape[1])
-        for i, rows in groups.slices():
-            dw[:, i] = x.index_select(0, groups.token[rows]).T @ dC[rows]
-            torch.mm(dC[rows], w[:, i].T, out=dx_rows[rows])
-        return sum_rows(dx_rows, groups.row), dw.view_as(w_down), None, None
+        x, w_down, token, row, ends = ctx.saved_tensors
+        w = w_down.view(len(w_down), len(ends), -1).permute(1, 2, 0)          # of each expert, turned: (E, d_low, D)
+        dw = grouped_mm(x.index_select(0, token).T, dC, ends)                 # (E, D, d_low)
+        dx = sum_rows(grouped_mm(dC, w, ends), row)                           # (T, D)
+        return dx, dw.transpose(0, 1).reshape(w_down.shape), None, None, None, None
 
 
 class AoE(SparseMLP):
@@ -378,7 +372,7 @@ class AoE(SparseMLP):
 
     def gate(self, x, p, C, chosen, groups):
         C = C.flatten(0, 1).index_select(0, groups.token * self.n_expert + groups.expert)
-        C = ChosenRows.apply(x, as_autocast(self.w_down), C, groups)          # C_i of each row: (P, d_low)
+        C = ChosenRows.apply(x, as_autocast(self.w_down), C, groups.token, groups.row, groups.ends)          # C_i of each row: (P, d_low)
         return norm(C)[groups.row], C, self.w_up                              # p[I], then C_i Wup_i
 
 

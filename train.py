@@ -70,7 +70,7 @@ class TrainConfig(GPTConfig):
     seed: int = 1337                              # of the first weights, the batches and dropout
     device: str = 'auto'                          # auto: cuda, else mps, else cpu
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'   # of the matmuls; auto: bfloat16 where it is native
-    compile: Literal['auto', True, False] = 'auto'           # torch.compile; auto: False
+    compile: Literal['auto', True, False] = 'auto'           # torch.compile, once 20 s a run; auto: False
 
     def __post_init__(self):
         super().__post_init__()

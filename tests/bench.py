@@ -59,6 +59,7 @@ class BenchConfig:
     dtype: Literal['float32', 'bfloat16'] = 'bfloat16'   # of weights and inputs; of autocast in a training step
     aux_weight: float = 0.0                       # weight of the load-balancing loss
     keep_freed_memory: bool = True                # as train.py does; False: the C library's own way
+    compile: bool = False                         # torch.compile, in the training step
     json: str | None = None                       # write the figures to this file as well
 
     def __post_init__(self):
@@ -197,22 +198,20 @@ def bench_step(bench, device):
             with contextlib.redirect_stdout(None):
                 prepare(os.path.join(ROOT, 'model.py'), PrepareConfig(name='code', data_dir=folder))
             runs = plan_runs({'dataset': 'code', 'data_dir': folder, 'device': str(device), 'dtype': bench.dtype, 'seed': bench.seed,
-                              'aux_weight': bench.aux_weight, **shape}, {'mlp': 'dense,moe,aoe'})
+                              'aux_weight': bench.aux_weight, 'compile': bench.compile, **shape}, {'mlp': 'dense,moe,aoe'})
             trainings = {run.name: Training(run) for run in runs}
         sides = {name: lambda turn, training=training: [training.step() for _ in range(3)]
                  for name, training in trainings.items()}
         seconds = alternate(sides, bench)
         print(f'\ntraining step, {label}: {shape["n_layer"]} layers, D {shape["n_embd"]}, d_ffn {shape["d_ffn"]}, '
               f'{shape["batch_size"]} x {shape["block_size"]} tokens')
-        rows = [('', 'tokens/s', 'of dense', 'of moe', 'FLOPs predict')]
+        rows = [('', 'tokens/s', 'of dense', 'of moe')]
         for name, training in trainings.items():
             row = {'part': 'step', 'shape': label, 'side': name,
                    'tokens_per_second': 3 * training.tokens_per_iter / statistics.median(seconds[name]),
-                   'of_dense': ratio(seconds[name], seconds['dense']), 'of_moe': ratio(seconds[name], seconds['moe']),
-                   'predicted_of_moe': trainings['moe'].model.flops_per_token() / training.model.flops_per_token()}
+                   'of_dense': ratio(seconds[name], seconds['dense']), 'of_moe': ratio(seconds[name], seconds['moe'])}
             results.append(row)
-            rows.append((name, f'{row["tokens_per_second"]:,.0f}', f'{row["of_dense"]:.2f}', f'{row["of_moe"]:.2f}',
-                         f'{row["predicted_of_moe"]:.2f}'))
+            rows.append((name, f'{row["tokens_per_second"]:,.0f}', f'{row["of_dense"]:.2f}', f'{row["of_moe"]:.2f}'))
         print_rows(rows, indent='  ')
     return results
 

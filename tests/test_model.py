@@ -71,25 +71,43 @@ def activation_norms(m, x):
     return [[token.matmul(w).square().sum().sqrt() for w in m.w_down.split(m.w_up.shape[1], dim=1)] for token in x]
 
 
+def grouped_mm_calls(monkeypatch, allow):
+    """A list that grows with each call of F.grouped_mm, which is taken away unless allowed."""
+    calls = []
+    if not allow:
+        monkeypatch.delattr(F, 'grouped_mm', raising=False)
+    elif not hasattr(F, 'grouped_mm'):
+        pytest.skip('this PyTorch has no F.grouped_mm')
+    else:
+        original = F.grouped_mm
+        monkeypatch.setattr(F, 'grouped_mm', lambda *a, **k: calls.append(1) or original(*a, **k))
+    return calls
+
+
 @pytest.mark.parametrize('aux_weight', (0.0, 0.3))
 @pytest.mark.parametrize('top_k', (1, 2, 5))
 @pytest.mark.parametrize('mlp, algorithm, scores', (('moe', algorithm_1, router_scores), ('aoe', algorithm_2, activation_norms)))
 @pytest.mark.parametrize('tokens', (6, 150))                                    # without padding, and with
-def test_layer_equals_the_algorithm_in_values_and_every_gradient(mlp, algorithm, scores, top_k, aux_weight, tokens):
-    m = layer(mlp, top_k=top_k, aux_weight=aux_weight)
-    x = torch.randn(2, tokens // 2, 16, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(2, tokens // 2, 16, dtype=torch.float64)
+@pytest.mark.parametrize('form, dtype, rtol, atol', (
+    ('loop', torch.float64, 1e-10, 1e-12), ('loop', torch.float32, 1e-4, 1e-3), ('F.grouped_mm', torch.float32, 1e-4, 1e-3)))
+def test_layer_equals_the_algorithm_in_values_and_every_gradient(mlp, algorithm, scores, top_k, aux_weight, tokens,
+                                                                 form, dtype, rtol, atol, monkeypatch):
+    calls = grouped_mm_calls(monkeypatch, allow=form == 'F.grouped_mm')
+    m = layer(mlp, top_k=top_k, aux_weight=aux_weight).to(dtype)
+    x = torch.randn(2, tokens // 2, 16, dtype=dtype, requires_grad=True)
+    weight = torch.randn(2, tokens // 2, 16, dtype=dtype)
     leaves = dict(m.named_parameters()) | {'x': x}
 
     fast, routing = m(x)
     slow = torch.stack([torch.stack([algorithm(m, token, top_k) for token in sequence]) for sequence in x])
-    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fast, slow, rtol=rtol, atol=atol)
     slow_aux = aux_loss(m, x.flatten(0, 1), scores(m, x.flatten(0, 1))) if aux_weight else torch.zeros(())
-    assert routing.aux_loss.item() == pytest.approx(slow_aux.item(), rel=1e-12)
+    assert routing.aux_loss.item() == pytest.approx(slow_aux.item(), rel=rtol)
     fast_grads = torch.autograd.grad((fast * weight).sum() + routing.aux_loss, leaves.values(), allow_unused=True)
     slow_grads = torch.autograd.grad((slow * weight).sum() + slow_aux, leaves.values(), allow_unused=True)
     for name, a, b in zip(leaves, fast_grads, slow_grads):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=name)
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=name)
+    assert bool(calls) == (form == 'F.grouped_mm')
 
 
 def test_groups_hold_every_pair_once_in_the_part_of_its_expert():
@@ -97,14 +115,34 @@ def test_groups_hold_every_pair_once_in_the_part_of_its_expert():
     chosen = torch.rand(300, 4).topk(2).indices.clamp(max=2)                    # expert 3 of 4 gets none
     chosen[:, 1] = (chosen[:, 0] + 1) % 3
     groups = group_by_expert(chosen, torch.bincount(chosen.flatten(), minlength=4))
-    assert groups.sizes[3] == 0 and all(size % 9 == 0 for size in groups.sizes)  # 600 pairs // 4 experts // 16
-    assert sum(groups.sizes) == len(groups.token) == len(groups.expert)
+    ends = groups.ends.tolist()
+    assert all(end % 9 == 0 for end in ends)                                    # 600 pairs // 4 experts // 16
+    assert ends[-1] == len(groups.token) == len(groups.expert) == 630           # (600 + 4 * 8) // 9 * 9
     assert len(set(groups.row.flatten().tolist())) == 600
     for t, k in itertools.product(range(300), range(2)):
         row = groups.row[t, k]
         assert groups.token[row] == t and groups.expert[row] == chosen[t, k]
-    for i, rows in groups.slices():
-        assert (groups.expert[rows] == i).all()
+    for i, (start, end) in enumerate(zip([0] + ends, ends)):
+        assert (groups.expert[start:end] == i).all()
+
+
+@pytest.mark.skipif(not hasattr(F, 'grouped_mm'), reason='this PyTorch has no F.grouped_mm')
+@pytest.mark.parametrize('mlp, aux_weight', (('dense', 0.0), ('moe', 0.01), ('aoe', 0.0), ('aoe', 0.01)))
+def test_a_training_step_compiles_into_one_graph(mlp, aux_weight):
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model = GPT(small_config(mlp, n_embd=32, d_ffn=48, aux_weight=aux_weight))
+    idx = torch.randint(11, (16, 8))
+    losses, grads = [], []
+    for forward in (model, torch.compile(model, fullgraph=True, backend='aot_eager')):   # backend: without a C++ compiler
+        model.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16):
+            _, loss, routing = forward(idx, idx)
+        (loss + routing.aux_loss.sum()).backward()
+        losses.append(loss.item())
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)                      # as far as bfloat16 goes
+    assert torch.cosine_similarity(*grads, dim=0) > 0.999
 
 
 @pytest.mark.parametrize('mlp', SPARSE)
