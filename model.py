@@ -40,8 +40,13 @@ class GPTConfig:
     top_k: int = 2                       # experts that handle a token, K
     d_ffn: int | None = None             # hidden width of a moe expert; None: 4 n_embd, as in the paper
     d_low: int | None = None             # width of an aoe expert's self-evaluation; None: about n_embd / 3
+    router: str = 'linear'               # of moe: linear; large: two layers with the parameters of aoe's w_down
+    factorised: bool = False             # of moe: the gate as aoe makes it, Wg = Wdown Wup
     aux_weight: float = 0.0              # weight of the load-balancing loss L_aux, a in Eq. 2; the paper's is 0.01
-    select: str = 'top_k'                # how experts are chosen by their scores: top_k
+    select: str = 'top_k'                # how experts are chosen by their scores: top_k, top_p or expert_choice
+    top_p: float = 0.6                   # for top_p: the probability that the chosen experts reach together
+    conf_weight: float = 0.0             # weight of the penalty on Ent_conf; the paper's is 1e-4 with top_p
+    capacity_factor: float = 2.0         # for expert_choice: each expert takes this times T / E tokens of the batch
 
     def __post_init__(self):
         def require(condition, message):
@@ -52,7 +57,12 @@ class GPTConfig:
             value = getattr(self, key)
             require(value is None or value > 0, f'{key}: expected a positive number, got {value}')
         require(self.mlp in MLPS, f'mlp: expected one of {", ".join(MLPS)}, got {self.mlp!r}')
-        require(self.select == 'top_k', f'select: expected top_k, got {self.select!r}')
+        require(self.router in ('linear', 'large'), f'router: expected linear or large, got {self.router!r}')
+        require(self.select in ('top_k', 'top_p', 'expert_choice'),
+                f'select: expected top_k, top_p or expert_choice, got {self.select!r}')
+        require(0 < self.top_p <= 1, f'top_p: expected more than 0 and at most 1, got {self.top_p}')
+        require(self.capacity_factor > 0, f'capacity_factor: expected more than 0, got {self.capacity_factor}')
+        require(self.conf_weight >= 0, f'conf_weight: expected 0 or more, got {self.conf_weight}')
         require(self.n_embd % (2 * self.n_head) == 0,
                 f'n_embd: expected a multiple of 2 * n_head = {2 * self.n_head} (rotary positions turn pairs '
                 f'of numbers within a head), got {self.n_embd}')
@@ -90,7 +100,8 @@ class Routing(NamedTuple):
     prob: torch.Tensor       # (L, E)  P_i of Eq. 6: mean over tokens of the softmax of all E scores
     norm: torch.Tensor       # (L, E)  mean over tokens of ||C_i||, Figure 4; (L, 0) for moe, which measures none
     ent_conf: torch.Tensor   # (L,)    Ent_conf of Eq. 8; lower is more confident, at most ln E
-    aux_loss: torch.Tensor   # (L,)    L_aux of Eq. 2, aux_weight included; 0 where that is 0
+    aux_loss: torch.Tensor   # (L,)    L_aux of Eq. 2 and the penalty on Ent_conf, weights included; 0 where those are 0
+    experts_per_token: torch.Tensor   # (L,)    mean over tokens; top_k, unless `select` says otherwise
 
 
 def at_least_float32(x):
@@ -166,30 +177,35 @@ class Groups(NamedTuple):
     """The chosen (token, expert) pairs as P rows sorted by expert, so that each expert has its tokens in one piece."""
     token: torch.Tensor      # (P,)    the token of each row
     expert: torch.Tensor     # (P,)    its expert
-    row: torch.Tensor        # (T, K)  the row of each pair; the other P - T*K rows are padding
+    row: torch.Tensor        # (T, K)  the row of each pair; rows of no pair are padding
     ends: torch.Tensor       # (E,)    int32, the row at which each expert's rows end; the last is P
+    active: torch.Tensor     # (T, K)  which of the K pairs of a token are real; None for all
 
 
-def group_by_expert(chosen, load):
-    """Groups of chosen (T, K), the experts of each token; load (E,) counts the pairs of each expert.
+def group_by_expert(chosen, load, active=None):
+    """Groups of chosen (T, K), the experts of each token, where active; load (E,) counts the pairs of each expert.
 
     Each expert's rows are padded to a multiple of up to 16, with rows of token 0 that nothing reads: a CPU prepares each
     new shape of a bfloat16 matmul for longer than it then takes, and with few shapes few are new. P does not depend
     on the choice (the last expert takes what is left), so that a GPU is never waited for.
     """
     T, K, E = len(chosen), chosen.shape[1], len(load)
-    multiple = max(1, min(16, T * K // E // 16))
-    P = (T * K + E * (multiple - 1)) // multiple * multiple                   # the most that padding can need
+    pairs = T * K
+    if active is not None:                                                    # inactive ones are sorted to the end
+        pairs, chosen = int(load.sum()), chosen.masked_fill(~active, E)
+    multiple = max(1, min(16, pairs // E // 16))
+    P = (pairs + E * (multiple - 1)) // multiple * multiple                   # the most that padding can need
     padding = -load % multiple                                                # (E,)
-    expert, order = chosen.flatten().sort(stable=True)                        # (T*K,)
-    row_of_sorted = torch.arange(T * K, device=chosen.device) + (padding.cumsum(0) - padding)[expert]
+    expert, order = chosen.flatten().sort(stable=True)
+    expert, order = expert[:pairs], order[:pairs]
+    row_of_sorted = torch.arange(pairs, device=chosen.device) + (padding.cumsum(0) - padding)[expert]
     ends = (load + padding).cumsum(0)
     ends[-1] = P
     return Groups(
         token=order.new_zeros(P).index_copy(0, row_of_sorted, order // K),
         expert=torch.bucketize(torch.arange(P, device=chosen.device), ends, right=True),
-        row=torch.empty_like(order).index_copy(0, order, row_of_sorted).view(T, K),
-        ends=ends.int())
+        row=order.new_zeros(T * K).index_copy(0, order, row_of_sorted).view(T, K),
+        ends=ends.int(), active=active)
 
 
 def grouped_mm(a, b, ends):
@@ -236,24 +252,25 @@ class Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, C, weight, w_gate, w_p, w_o, *groups):
         """x (T, D); C (P, d_low) for aoe, None for moe, whose gate_in is x; weight (T, K); Groups. Returns h (T, D)."""
-        token, _, row, ends = groups
+        token, _, row, ends, active = groups
         X = x.index_select(0, token)                                          # (P, D)
         g = grouped_mm(X if C is None else C, w_gate, ends)                   # (P, d)
         u = grouped_mm(X, w_p, ends)                                          # (P, d)
         y = grouped_mm(F.silu(g).mul_(u), w_o, ends)                          # (P, D)
-        ctx.save_for_backward(x, C, weight, w_gate, w_p, w_o, g if C is None else None, u, y, token, row, ends)
+        ctx.save_for_backward(x, C, weight, w_gate, w_p, w_o, g if C is None else None, u, y,
+                              token, row, ends, active)
         return sum_rows(y, row, weight)
 
     @staticmethod
     def backward(ctx, dh):
-        x, C, weight, w_gate, w_p, w_o, g, u, y, token, row, ends = ctx.saved_tensors
+        x, C, weight, w_gate, w_p, w_o, g, u, y, token, row, ends, active = ctx.saved_tensors
         X = x.index_select(0, token)                                          # (P, D)
         gate_in = X if C is None else C
         g = grouped_mm(C, w_gate, ends) if g is None else g                   # (P, d)
         silu_g = F.silu(g)
         dy = dh.index_select(0, token)                                        # (P, D)
         dweight = torch.linalg.vecdot(dy, y)[row].type_as(weight)             # (T, K)
-        dy *= y.new_zeros(len(y)).index_copy(0, row.flatten(), weight.type_as(y).flatten()).unsqueeze(1)   # 0 in padding
+        dy *= y.new_zeros(len(y)).index_add(0, row.flatten(), weight.type_as(y).flatten()).unsqueeze(1)   # 0 in padding
         dw_o = grouped_mm((silu_g * u).T, dy, ends)
         da = grouped_mm(dy, w_o.mT, ends)                                     # of a = SiLU(g) * u: (P, d)
         du = silu_g.mul_(da)
@@ -262,87 +279,136 @@ class Experts(torch.autograd.Function):
         dX, dgate_in = grouped_mm(du, w_p.mT, ends), grouped_mm(dg, w_gate.mT, ends)
         if C is None:                                                         # x went into the gate as well
             dX, dgate_in = dX.add_(dgate_in), None
-        return (sum_rows(dX, row), dgate_in, dweight, dw_gate, dw_p, dw_o, None, None, None, None)
+        return (sum_rows(dX, row, active), dgate_in, dweight, dw_gate, dw_p, dw_o, *5 * [None])
+
+
+class ChosenRows(torch.autograd.Function):
+    """C_i = x Wdown_i of the chosen pairs. If all experts evaluated themselves, they are known: only backward has work."""
+
+    @staticmethod
+    def forward(ctx, x, w_down, C, *groups):
+        """x (T, D), w_down (D, E*d_low), C (T, E, d_low) or None, Groups. Returns (P, d_low)."""
+        token, expert, row, ends, active = groups
+        ctx.save_for_backward(x, w_down, token, row, ends, active)
+        if C is not None:
+            return C.flatten(0, 1).index_select(0, token * len(ends) + expert)
+        w = w_down.view(len(w_down), len(ends), -1).transpose(0, 1)           # of each expert: (E, D, d_low)
+        return grouped_mm(x.index_select(0, token), w, ends)
+
+    @staticmethod
+    def backward(ctx, dC):
+        x, w_down, token, row, ends, active = ctx.saved_tensors
+        w = w_down.view(len(w_down), len(ends), -1).permute(1, 2, 0)          # of each expert, turned: (E, d_low, D)
+        dw = grouped_mm(x.index_select(0, token).T, dC, ends)                 # (E, D, d_low)
+        dx = sum_rows(grouped_mm(dC, w, ends), row, active)                   # (T, D)
+        return dx, dw.transpose(0, 1).reshape(w_down.shape), *6 * [None]
 
 
 class SparseMLP(nn.Module):
     """What moe and aoe share: choose K of E experts for each token, run them, and add up what they say.
 
-    A subclass adds the two things in which they differ:
-        score(x)    from x (T, D): the scores p (T, E), and whatever `gate` can reuse
-        gate(x, p, reuse, chosen, groups)    the scores of the chosen (T, K), with gradient; what goes into the gate,
-                    (P, d_low), or None for x itself; and the matrices of the gate, stacked over experts
+    Two things can differ, each apart from the other. How the gate of an expert is made: of w_g, or factorised,
+    of w_down and w_up. And who scores, which a subclass says:
+        score(x)                      x (T, D) -> the scores p of all experts (T, E), and their C (T, E, d_low) if known
+        score_of_chosen(p, chosen, C_rows, groups)    p[I] (T, K), with a gradient; C_rows (P, d_low) if factorised
     """
     scores_are_norms = False
 
-    def __init__(self, config, d):
+    def __init__(self, config, factorised):
         super().__init__()
-        self.n_expert, self.top_k, self.aux_weight = config.n_expert, config.top_k, config.aux_weight
-        self.w_p = nn.Parameter(torch.empty(config.n_expert, config.n_embd, d))
-        self.w_o = nn.Parameter(torch.empty(config.n_expert, d, config.n_embd))
+        D, E, d = config.n_embd, config.n_expert, config.d_wide if factorised else config.d_ffn
+        self.n_expert, self.top_k, self.factorised = E, config.top_k, factorised
+        self.select, self.top_p, self.capacity_factor = config.select, config.top_p, config.capacity_factor
+        self.aux_weight, self.conf_weight = config.aux_weight, config.conf_weight
+        self.w_p = nn.Parameter(torch.empty(E, D, d))
+        self.w_o = nn.Parameter(torch.empty(E, d, D))
+        if factorised:
+            self.w_down = nn.Parameter(torch.empty(D, E * config.d_low))
+            self.w_up = nn.Parameter(torch.empty(E, config.d_low, d))
+        else:
+            self.w_g = nn.Parameter(torch.empty(E, D, d))
 
     def forward(self, x):                                                     # (B, S, D)
         shape, x = x.shape, x.flatten(0, 1)                                   # (T, D)
-        p, reuse = self.score(x)                                              # (T, E)
-        chosen = p.topk(self.top_k).indices                                   # I = argtopK(p): (T, K)
-        load = chosen.new_zeros(self.n_expert).scatter_add(0, chosen.flatten(), torch.ones_like(chosen).flatten())   # (E,)
-        groups = group_by_expert(chosen, load)
+        p, C = self.score(x)                                                  # (T, E)
+        chosen, active = self.choose(p.detach())                              # I: (T, K)
+        pairs = torch.ones_like(chosen) if active is None else active.long()
+        load = chosen.new_zeros(self.n_expert).scatter_add(0, chosen.flatten(), pairs.flatten())   # (E,)
+        groups = group_by_expert(chosen, load, active)
         x = as_autocast(x)
-        top, gate_in, w_gate = self.gate(x, p, reuse, chosen, groups)
-        weight = top.softmax(-1)                                              # w = softmax(p[I]): (T, K)
-        h = Experts.apply(x, gate_in, weight, *map(as_autocast, (w_gate, self.w_p, self.w_o)), *groups)
+        C_rows = ChosenRows.apply(x, as_autocast(self.w_down), C, *groups) if self.factorised else None
+        weight = self.score_of_chosen(p, chosen, C_rows, groups)              # p[I]: (T, K)
+        if active is None:
+            weight = weight.softmax(-1)                                       # w = softmax(p[I])
+        else:
+            weight = weight.masked_fill(~active, -1e30).softmax(-1).masked_fill(~active, 0)
+        w_gate = self.w_up if self.factorised else self.w_g                   # C_i Wup_i, or x Wg_i
+        h = Experts.apply(x, C_rows, weight, *map(as_autocast, (w_gate, self.w_p, self.w_o)), *groups)
         return h.view(shape), self.routing(p, load)
+
+    def choose(self, p):
+        """The experts of each token by their scores p (T, E): chosen (T, K), and which of these count, None for all.
+
+        For top_p and expert_choice K is E.
+        """
+        if self.select == 'top_k':
+            return p.topk(self.top_k).indices, None                           # I = argtopK(p)
+        q = p.softmax(-1)
+        if self.select == 'top_p':                                            # the fewest that reach top_p together
+            q, chosen = q.sort(descending=True)
+            return chosen, q.cumsum(-1) - q < self.top_p
+        # expert_choice: each expert takes its best tokens of the batch, so that later ones decide over earlier ones
+        capacity = min(len(p), max(1, round(self.capacity_factor * len(p) / self.n_expert)))
+        taken = torch.zeros_like(p, dtype=torch.bool).scatter(0, q.topk(capacity, dim=0).indices, True)
+        return torch.arange(self.n_expert, device=p.device).expand(p.shape), taken
+
+    def scores_need_gradient(self):
+        """Whether a loss asks for the gradient of all scores, not of the chosen alone."""
+        return bool(self.aux_weight or self.conf_weight)
 
     def routing(self, scores, load):
         """This layer's Routing, from scores (T, E) and the number of pairs that each expert handled (E,)."""
-        if not self.aux_weight:
+        if not self.scores_need_gradient():
             scores = scores.detach()                                          # statistics alone need no gradient
         p = scores.softmax(-1)                                                # over all E, not the chosen K
         f, P = load.to(p.dtype) / len(scores), p.mean(0)                      # Eq. 6; f sums to K
+        ent_conf = -(p * scores.log_softmax(-1)).sum(-1).mean()               # Eq. 8
         return Routing(
-            load=f / self.top_k,
+            load=f / f.sum(),
             prob=P.detach(),
             norm=scores.detach().mean(0) if self.scores_are_norms else scores.new_empty(0),
-            ent_conf=torch.special.entr(p.detach()).sum(-1).mean(),           # Eq. 8
-            aux_loss=self.aux_weight * self.n_expert * (f * P).sum())         # Eq. 2
+            ent_conf=ent_conf.detach(),
+            aux_loss=self.aux_weight * self.n_expert * (f * P).sum() + self.conf_weight * ent_conf,   # Eq. 2
+            experts_per_token=f.sum())
 
 
 class MoE(SparseMLP):
-    """Routed mixture of experts, Algorithm 1: E_i(x) = (SiLU(x Wg_i) * (x Wp_i)) Wo_i, p = x router."""
+    """Routed mixture of experts, Algorithm 1: E_i(x) = (SiLU(x Wg_i) * (x Wp_i)) Wo_i, p = x router.
+
+    The baselines of Table 2: factorised, Wg_i = Wdown_i Wup_i; a large router, p = SiLU(x router_in) router.
+    """
 
     def __init__(self, config):
-        super().__init__(config, config.d_ffn)
-        self.router = nn.Parameter(torch.empty(config.n_embd, config.n_expert))
-        self.w_g = nn.Parameter(torch.empty(config.n_expert, config.n_embd, config.d_ffn))
+        super().__init__(config, config.factorised)
+        D, E, hidden = config.n_embd, config.n_expert, config.n_embd
+        self.router_in = None
+        if config.router == 'large':                                          # hidden (D + E) is E d_low D
+            hidden = round(E * config.d_low * D / (D + E))
+            self.router_in = nn.Parameter(torch.empty(D, hidden))
+        self.router = nn.Parameter(torch.empty(hidden, E))
 
     def score(self, x):
         # checkpoint: computed again in backward, so that no float32 copy of x is kept
         return checkpoint(self.route, x, use_reentrant=False, preserve_rng_state=False), None
 
     def route(self, x):
+        if self.router_in is not None:
+            x = F.silu(x @ self.router_in)
         with torch.autocast(x.device.type, enabled=False):
             return at_least_float32(x) @ at_least_float32(self.router)
 
-    def gate(self, x, p, reuse, chosen, groups):
-        return p.gather(1, chosen), None, self.w_g                            # x Wg_i
-
-
-class ChosenRows(torch.autograd.Function):
-    """C_i = x Wdown_i of the chosen pairs, which the self-evaluation has computed already: only backward has work."""
-
-    @staticmethod
-    def forward(ctx, x, w_down, C, token, row, ends):
-        """x (T, D), w_down (D, E*d_low), C (P, d_low); token, row and ends are those of Groups. Returns C."""
-        ctx.save_for_backward(x, w_down, token, row, ends)
-        return C.view_as(C)
-
-    @staticmethod
-    def backward(ctx, dC):
-        x, w_down, token, row, ends = ctx.saved_tensors
-        w = w_down.view(len(w_down), len(ends), -1).permute(1, 2, 0)          # of each expert, turned: (E, d_low, D)
-        dw = grouped_mm(x.index_select(0, token).T, dC, ends)                 # (E, D, d_low)
-        dx = sum_rows(grouped_mm(dC, w, ends), row)                           # (T, D)
-        return dx, dw.transpose(0, 1).reshape(w_down.shape), None, None, None, None
+    def score_of_chosen(self, p, chosen, C_rows, groups):
+        return p.gather(1, chosen)
 
 
 class AoE(SparseMLP):
@@ -355,12 +421,10 @@ class AoE(SparseMLP):
     scores_are_norms = True
 
     def __init__(self, config):
-        super().__init__(config, config.d_wide)
-        self.w_down = nn.Parameter(torch.empty(config.n_embd, config.n_expert * config.d_low))
-        self.w_up = nn.Parameter(torch.empty(config.n_expert, config.d_low, config.d_wide))
+        super().__init__(config, factorised=True)
 
     def score(self, x):
-        if self.aux_weight and torch.is_grad_enabled():
+        if self.scores_need_gradient() and torch.is_grad_enabled():
             p, C = checkpoint(self.evaluate, x, use_reentrant=False, preserve_rng_state=False)
             return p, C.detach()
         with torch.no_grad():
@@ -370,10 +434,8 @@ class AoE(SparseMLP):
         C = (x @ self.w_down).view(len(x), self.n_expert, -1)                 # Eq. 3: (T, E, d_low)
         return norm(C), C                                                     # Eq. 4: (T, E)
 
-    def gate(self, x, p, C, chosen, groups):
-        C = C.flatten(0, 1).index_select(0, groups.token * self.n_expert + groups.expert)
-        C = ChosenRows.apply(x, as_autocast(self.w_down), C, groups.token, groups.row, groups.ends)          # C_i of each row: (P, d_low)
-        return norm(C)[groups.row], C, self.w_up                              # p[I], then C_i Wup_i
+    def score_of_chosen(self, p, chosen, C_rows, groups):
+        return norm(C_rows)[groups.row]
 
 
 def norm(C):
@@ -480,9 +542,13 @@ class GPT(nn.Module):
         vocab_top_k: draw from that many likeliest tokens only. (top_k of the config is about experts.)
         seed: the same seed on the same machine draws the same text.
         Returns (B, S + max_new_tokens). Sets the model to eval mode. The context begins as the last block_size tokens
-        of idx and grows; whenever it is full, it goes on from its later half.
+        of idx and grows; whenever it is full, it goes on from its later half. expert_choice needs tokens that are
+        not there yet: experts are then chosen by top_k.
         """
         self.eval()
+        ahead = [block.mlp for block in self.blocks if getattr(block.mlp, 'select', None) == 'expert_choice']
+        for mlp in ahead:
+            mlp.select = 'top_k'
         generator = torch.Generator(idx.device)
         generator.manual_seed(seed) if seed is not None else generator.seed()
         past, new = [Past() for _ in self.blocks], idx[:, -self.config.block_size:]
@@ -499,6 +565,8 @@ class GPT(nn.Module):
             idx = torch.cat([idx, new], dim=1)
             if past[0].length == self.config.block_size:
                 past, new = [Past() for _ in self.blocks], idx[:, -max(1, self.config.block_size // 2):]
+        for mlp in ahead:
+            mlp.select = 'expert_choice'
         return idx
 
     def total_parameters(self):
@@ -508,12 +576,12 @@ class GPT(nn.Module):
     def active_parameters(self):
         """Parameters that the computation of one token touches.
 
-        Of the matrices stacked over experts, K of E. aoe's w_down counts whole: every expert evaluates every token.
+        Of the experts' matrices, K of E. aoe's w_down counts whole: every expert evaluates every token.
         """
         active = 0
-        for p in self.parameters():
-            stacked_over_experts = p.dim() == 3
-            active += p.numel() * self.config.top_k // self.config.n_expert if stacked_over_experts else p.numel()
+        for name, p in self.named_parameters():
+            chosen_alone = p.dim() == 3 or name.endswith('w_down') and self.config.mlp == 'moe'
+            active += p.numel() * self.config.top_k // self.config.n_expert if chosen_alone else p.numel()
         return active
 
     def flops_per_token(self):

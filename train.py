@@ -15,6 +15,7 @@ that are found there.
 
 import ctypes
 import dataclasses
+import fcntl
 import gc
 import json
 import math
@@ -62,13 +63,14 @@ class TrainConfig(GPTConfig):
     eval_iters: int = 50                          # batches in an evaluation, the same every time
     eval_only: bool = False                       # evaluate the checkpoint that is there and write nothing
     log_interval: int = 10                        # iterations between updates of the progress bar
-    init_from: Literal['scratch', 'resume'] = 'scratch'   # resume: go on from the checkpoints in out_dir
+    init_from: Literal['scratch', 'resume', 'auto'] = 'scratch'   # resume: go on from the checkpoints in out_dir; auto: if any
     # several runs, trained in turn
     runs: dict | None = None                      # run name -> the keys in which it differs; only in a config file
     seeds: tuple | None = None                    # train every run with each of these seeds
     # machine
     seed: int = 1337                              # of the first weights, the batches and dropout
     device: str = 'auto'                          # auto: cuda, else mps, else cpu
+    threads: int | None = None                    # of the CPU; None: PyTorch's choice
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'   # of the matmuls; auto: bfloat16 where it is native
     compile: Literal['auto', True, False] = 'auto'           # torch.compile, once 20 s a run; auto: False
 
@@ -79,8 +81,8 @@ class TrainConfig(GPTConfig):
         if self.lr_decay_iters is None:
             self.lr_decay_iters = self.max_iters
         for key in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval',
-                    'max_iters', 'learning_rate'):
-            if getattr(self, key) <= 0:
+                    'max_iters', 'learning_rate', 'threads'):
+            if getattr(self, key) is not None and getattr(self, key) <= 0:
                 raise ValueError(f'{key}: expected a positive number, got {getattr(self, key)}')
         for key in ('min_lr', 'warmup_iters', 'weight_decay', 'grad_clip', 'seed'):
             if getattr(self, key) < 0:
@@ -110,7 +112,6 @@ def plan_runs(from_file, from_line):
     if variants is None:
         variants = {mlp: {'mlp': mlp} for mlp in values.pop('mlp', TrainConfig.mlp).split(',')}
         from_line = {}                                   # mlp is split up, not contradicted
-    planned = []
     for name, differs in variants.items():
         if not isinstance(name, str) or not isinstance(differs, dict):
             raise UserError(f'runs: expected a name and a dict of keys for each, got {name!r}: {differs!r}')
@@ -118,7 +119,9 @@ def plan_runs(from_file, from_line):
             differs[key] = check_type(TrainConfig, key, value, f'runs, {name}: ')
             if key in from_line:
                 raise UserError(f'--{key}: expected a key that all runs share, got one that the run {name} sets itself')
-        for seed in seeds:
+    planned = []
+    for seed in seeds:                                   # all variants with one seed, then the next: stopped, they compare
+        for name, differs in variants.items():
             config = build(TrainConfig, values | differs | {'seed': check_type(TrainConfig, 'seed', seed, 'seeds, ')})
             folder = name if len(seeds) == 1 else f'{name}-{seed}'
             planned.append(Run(name, config, os.path.join(config.out_dir, folder)))
@@ -264,6 +267,7 @@ def evaluate(model, data, autocast):
         'ent_load': torch.special.entr(mean.load).sum(-1).tolist() if len(mean.load) else [],   # Eq. 7: [layer]
         'ent_conf': mean.ent_conf.tolist(),                                   # [layer]
         'norm': mean.norm.tolist(),                                           # [layer][expert]
+        'experts_per_token': mean.experts_per_token.tolist(),                 # [layer]
     }
 
 
@@ -301,11 +305,12 @@ def check_checkpoint(path, checkpoint, config, data):
         if checkpoint['meta'][key] != data.meta[key]:
             raise UserError(f'{path}: expected the {key} of {config.dataset}, {data.meta[key]!r}, got '
                             f'{checkpoint["meta"][key]!r}; choose the --dataset that it was trained on')
-    free = {'dropout', 'aux_weight'}                                          # these may change on the way
+    free = {'dropout', 'aux_weight', 'conf_weight', 'select', 'top_p', 'capacity_factor'}   # these may change on the way
     for key, value in dataclasses.asdict(model_config(config)).items():
-        if key not in free and checkpoint['config'][key] != value:
-            raise UserError(f'{path}: expected a checkpoint with {key} = {value}, got {checkpoint["config"][key]}; '
-                            f'give --{key}={checkpoint["config"][key]} or another --out_dir')
+        trained = checkpoint['config'].get(key)
+        if key not in free and trained != value:
+            raise UserError(f'{path}: expected a checkpoint with {key} = {value}, got {trained}; '
+                            f'give --{key}={trained} or another --out_dir')
 
 
 def read_log(path):
@@ -317,9 +322,10 @@ def read_log(path):
 
 
 def write_text(path, text):
-    with open(path + '.part', 'w', encoding='utf-8') as file:
+    part = f'{path}.{os.getpid()}.part'                                       # another process may write the same
+    with open(part, 'w', encoding='utf-8') as file:
         file.write(text)
-    os.replace(path + '.part', path)
+    os.replace(part, path)
 
 
 # -----------------------------------------------------------------------------
@@ -365,7 +371,7 @@ class Training:
         self.optimizer = make_optimizer(self.model, self.config, self.device)
         self.iteration, self.seconds, self.best_loss, self.log = 0, 0.0, math.inf, []
         self.tokens_per_iter = self.config.gradient_accumulation_steps * self.config.batch_size * self.config.block_size
-        if self.config.init_from == 'resume' and os.path.exists(run.path('ckpt.pt')) or self.config.eval_only:
+        if self.config.init_from != 'scratch' and os.path.exists(run.path('ckpt.pt')) or self.config.eval_only:
             self.load()
 
     def load(self):
@@ -500,18 +506,20 @@ def find_runs(out_dir):
 
 
 def draw_plots(out_dir):
-    """Draw <out_dir>/loss.png and, where a run has experts, expert_load.png."""
+    """Draw <out_dir>/loss.png and final_loss.png, and where a run has experts, expert_load.png, load_map.png, norm.png."""
     import matplotlib                      # here, since it is slow to import and sample.py imports this file
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     runs = find_runs(out_dir)
     color = {name: COLORS[i % len(COLORS)] for i, name in enumerate(runs)}
-    for draw, file in ((draw_loss, 'loss.png'), (draw_expert_load, 'expert_load.png')):
+    for draw, file in ((draw_loss, 'loss.png'), (draw_final_loss, 'final_loss.png'), (draw_expert_load, 'expert_load.png'),
+                       (draw_load_map, 'load_map.png'), (draw_norm, 'norm.png')):
         figure = draw(plt, runs, color)
         if figure:
             path = os.path.join(out_dir, file)
-            figure.savefig(path + '.part', format='png', dpi=100)
-            os.replace(path + '.part', path)
+            part = f'{path}.{os.getpid()}.part'                               # another process may draw the same
+            figure.savefig(part, format='png', dpi=100)
+            os.replace(part, path)
             plt.close(figure)
 
 
@@ -524,7 +532,8 @@ def draw_loss(plt, runs, color):
         iterations = [entry['iter'] for entry in seeds[0][1]][:len(points)]
         means = [statistics.mean(p) for p in points]
         label = f'{name} {min(means):.4f}' + (f', mean of {len(seeds)} seeds' if len(seeds) > 1 else '')
-        axes.plot(iterations, means, color=color[name], marker='.', label=label)
+        style = ('-', '--', ':')[list(runs).index(name) // len(COLORS) % 3]
+        axes.plot(iterations, means, style, color=color[name], marker='.', label=label)
         axes.fill_between(iterations, [min(p) for p in points], [max(p) for p in points], color=color[name], alpha=0.2)
         top.append(means[1] if len(means) > 3 else means[0])
         bottom.append(min(min(p) for p in points))
@@ -564,6 +573,64 @@ def draw_expert_load(plt, runs, color):
     return figure
 
 
+def draw_final_loss(plt, runs, color):
+    """The lowest validation loss of each run, its seeds as points, their mean with its standard deviation as a bar."""
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.35 * len(runs)), layout='constrained')
+    for y, (name, seeds) in enumerate(runs.items()):
+        losses = [min(entry['val_loss'] for entry in log) for _, log in seeds]
+        spread = statistics.stdev(losses) if len(losses) > 1 else 0
+        axes.errorbar(statistics.mean(losses), y, xerr=spread, color=color[name], marker='|', capsize=4)
+        axes.plot(losses, [y] * len(losses), '.', color=color[name], alpha=0.5)
+    axes.set_yticks(range(len(runs)), runs.keys())
+    axes.invert_yaxis()
+    axes.set(xlabel='lowest val_loss (nats per token)', title='Validation loss: seeds, mean, standard deviation')
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def draw_load_map(plt, runs, color):
+    """Figure 3: load by layer and expert, a panel for each run (its first seed, last evaluation), one colour scale."""
+    last = {name: seeds[0][1][-1] for name, seeds in runs.items() if seeds[0][1][-1]['load']}
+    if not last:
+        return None
+    columns = min(4, len(last))
+    rows = math.ceil(len(last) / columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(3.2 * columns, 1 + 2.2 * rows), squeeze=False, layout='constrained')
+    highest = max(max(map(max, entry['load'])) for entry in last.values())
+    for axes in panels.flat[len(last):]:
+        axes.set_visible(False)
+    for axes, (name, entry) in zip(panels.flat, last.items()):
+        image = axes.imshow(entry['load'], cmap='cividis', vmin=0, vmax=highest, aspect='auto')
+        entropies = zip(entry['ent_load'], entry['ent_conf'])
+        axes.set_yticks(range(len(entry['load'])), [f'{load:.2f} {conf:.2f}' for load, conf in entropies])
+        imbalance = sum(max(layer) - min(layer) for layer in entry['load'])
+        axes.set_title(f'{name}\nsum of max - min {imbalance:.2f}', fontsize=9)
+    figure.supylabel('layers from the top down: Ent_load Ent_conf', fontsize=9)
+    figure.supxlabel('expert', fontsize=9)
+    figure.colorbar(image, ax=panels, label='load')
+    return figure
+
+
+def draw_norm(plt, runs, color):
+    """Figure 4: the mean activation norm of every expert over training, a row for each aoe run, a panel for each layer."""
+    norms = {name: seeds[0][1] for name, seeds in runs.items() if any(seeds[0][1][-1]['norm'])}
+    if not norms:
+        return None
+    n_layer = max(len(log[-1]['norm']) for log in norms.values())
+    figure, panels = plt.subplots(len(norms), n_layer, figsize=(1 + 2.4 * n_layer, 0.8 + 1.7 * len(norms)), squeeze=False,
+                                  sharex=True, layout='constrained')
+    for row, (name, log) in zip(panels, norms.items()):
+        row[0].set_ylabel(name, fontsize=9)
+        for layer, axes in enumerate(row):
+            axes.set_visible(layer < len(log[-1]['norm']))
+            if layer < len(log[-1]['norm']):
+                axes.plot([entry['iter'] for entry in log], [entry['norm'][layer] for entry in log], color=color[name], alpha=0.7)
+                axes.set_title(f'layer {layer + 1}', fontsize=9)
+    figure.supxlabel('iteration', fontsize=9)
+    figure.supylabel('mean norm of each expert', fontsize=9)
+    return figure
+
+
 def print_rows(rows, indent=''):
     """Rows of strings as a table: the first column flush left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -573,7 +640,7 @@ def print_rows(rows, indent=''):
 
 
 def print_table(out_dir):
-    """The runs of out_dir side by side; where a run has several seeds, mean and standard deviation."""
+    """The runs of out_dir side by side, also in table.md; where a run has several seeds, mean and standard deviation."""
     def mean(values, form):
         values = list(values)
         spread = f' ± {statistics.stdev(values):.4f}' if len(values) > 1 and form == '.4f' else ''
@@ -593,9 +660,23 @@ def print_table(out_dir):
                       f'{max(memory) / 1e6:,.0f} MB' if memory else '-'))
     print()
     print_rows(table)
+    lines = ['| ' + ' | '.join(row) + ' |' for row in table]
+    write_text(os.path.join(out_dir, 'table.md'), '\n'.join([lines[0], '|---' * len(table[0]) + '|', *lines[1:]]) + '\n')
     print(f'\nval loss: the lowest; Ent_load: at most ln {config["n_expert"]} = {math.log(config["n_expert"]):.3f}; '
           f'pictures in {out_dir}\nmemory: the peak; on a CPU of the whole process, with what PyTorch prepared for\n'
           'earlier runs of the same command still in it, so compare runs trained alone')
+
+
+def claim(run):
+    """Hold the folder of a run until this process ends or trains another: several can share the runs of one command.
+    False where another process holds it."""
+    os.makedirs(run.folder, exist_ok=True)
+    run.lock = open(run.path('lock'), 'w')
+    try:
+        fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def check_folders(runs):
@@ -606,7 +687,7 @@ def check_folders(runs):
             raise UserError(f'{runs[0].path("ckpt.pt")}: expected a checkpoint to go on from, got no such file; '
                             'train first, without --init_from=resume')
         return
-    for run in runs:
+    for run in runs if config.init_from == 'scratch' else []:
         if os.path.exists(run.path('ckpt.pt')) or len(read_log(run.path('log.jsonl'))) > 1:
             raise UserError(f'{run.folder}: expected a new folder, got one that holds a run; --init_from=resume goes '
                             'on with it, another --out_dir= keeps it, or remove it')
@@ -628,7 +709,12 @@ def main(arguments):
         signal.signal(signal.SIGINT, signal.default_int_handler)              # a second Ctrl-C ends at once
     signal.signal(signal.SIGINT, on_ctrl_c)
 
+    if runs[0].config.threads:
+        torch.set_num_threads(runs[0].config.threads)
     for run in runs:
+        if not run.config.eval_only and not claim(run):
+            print(f'\n{run.folder}: another process is training it')
+            continue
         train(run, stop)
         if stop.is_set():
             again = [argument for argument in arguments if not argument.startswith('--init_from=')]

@@ -26,22 +26,27 @@ def layer(mlp, **changes):
     return module
 
 
+def down(m, i):
+    """Wdown_i (D, d_low)."""
+    d_low = m.w_up.shape[1]
+    return m.w_down[:, i * d_low:(i + 1) * d_low]
+
+
 def algorithm_1(m, x, K):
-    """Routed MoE for one token x (D,), step by step."""
-    p = [sum(x[a] * m.router[a, i] for a in range(len(x))) for i in range(m.n_expert)]
+    """Routed MoE for one token x (D,), step by step, and the baselines of Table 2."""
+    p = router_scores(m, x[None])[0]
     chosen = sorted(range(m.n_expert), key=lambda i: -p[i].item())[:K]
     total = sum(p[i].exp() for i in chosen)
     h = torch.zeros_like(x)
     for i in chosen:
-        g, u = x @ m.w_g[i], x @ m.w_p[i]
+        g, u = x @ (down(m, i) @ m.w_up[i] if m.factorised else m.w_g[i]), x @ m.w_p[i]
         h = h + p[i].exp() / total * ((g * torch.sigmoid(g) * u) @ m.w_o[i])
     return h
 
 
 def algorithm_2(m, x, K):
     """AoE for one token x (D,), step by step."""
-    d_low = m.w_down.shape[1] // m.n_expert
-    C = [x @ m.w_down[:, i * d_low:(i + 1) * d_low] for i in range(m.n_expert)]
+    C = [x @ down(m, i) for i in range(m.n_expert)]
     p = [sum(c * c for c in C_i).sqrt() for C_i in C]
     chosen = sorted(range(m.n_expert), key=lambda i: -p[i].item())[:K]
     total = sum(p[i].exp() for i in chosen)
@@ -64,11 +69,66 @@ def aux_loss(m, x, scores):
 
 
 def router_scores(m, x):
-    return [list(token @ m.router) for token in x]
+    hidden = x if m.router_in is None else F.silu(x @ m.router_in)
+    return [list(h @ m.router) for h in hidden]
 
 
 def activation_norms(m, x):
-    return [[token.matmul(w).square().sum().sqrt() for w in m.w_down.split(m.w_up.shape[1], dim=1)] for token in x]
+    return [[(token @ down(m, i)).square().sum().sqrt() for i in range(m.n_expert)] for token in x]
+
+
+def choose_slowly(select, p, top_p=0.6, capacity_factor=1.5):
+    """For each token the set of its experts, from scores p, T lists of E numbers."""
+    q = [[math.exp(a - max(scores)) for a in scores] for scores in [[a.item() for a in scores] for scores in p]]
+    q = [[a / sum(scores) for a in scores] for scores in q]
+    T, E = len(q), len(q[0])
+    if select == 'top_p':
+        sets = []
+        for scores in q:
+            sets.append(set())
+            for i in sorted(range(E), key=lambda i: -scores[i]):
+                if sum(scores[j] for j in sets[-1]) < top_p:
+                    sets[-1].add(i)
+        return sets
+    sets = [set() for _ in range(T)]
+    for i in range(E):
+        for t in sorted(range(T), key=lambda t: -q[t][i])[:round(capacity_factor * T / E)]:
+            sets[t].add(i)
+    return sets
+
+
+@pytest.mark.parametrize('select', ('top_p', 'expert_choice'))
+@pytest.mark.parametrize('tokens', (10, 200))
+@pytest.mark.parametrize('mlp, options, scores', (('moe', {}, router_scores), ('moe', {'factorised': True}, router_scores),
+                                                  ('aoe', {}, activation_norms)))
+def test_other_selection_rules_equal_a_slow_loop(mlp, options, scores, select, tokens):
+    m = layer(mlp, select=select, capacity_factor=1.5, conf_weight=0.2, **options)
+    x = torch.randn(2, tokens // 2, 16, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn_like(x)
+    fast, routing = m(x)
+
+    flat = x.flatten(0, 1)
+    p = scores(m, flat)
+    sets = choose_slowly(select, p)
+    rows = []
+    for token, p_t, chosen in zip(flat, p, sets):
+        h = torch.zeros(16, dtype=torch.float64)
+        for i in chosen:
+            g, u = token @ (down(m, i) @ m.w_up[i] if m.factorised else m.w_g[i]), token @ m.w_p[i]
+            h = h + p_t[i].exp() / sum(p_t[j].exp() for j in chosen) * ((g * torch.sigmoid(g) * u) @ m.w_o[i])
+        rows.append(h)
+    slow = torch.stack(rows).view_as(x)
+    q = torch.stack([torch.stack(list(p_t)) for p_t in p]).softmax(-1)
+    penalty = 0.2 * -(q * q.log()).sum(-1).mean()
+    torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
+    assert routing.aux_loss.item() == pytest.approx(penalty.item())
+    assert routing.experts_per_token.item() == pytest.approx(sum(map(len, sets)) / tokens)
+    assert len(set(map(len, sets))) > 1                                         # tokens do get different numbers
+    leaves = dict(m.named_parameters()) | {'x': x}
+    a = torch.autograd.grad((fast * cotangent).sum() + routing.aux_loss, leaves.values())
+    b = torch.autograd.grad((slow * cotangent).sum() + penalty, leaves.values())
+    for name, fast_grad, slow_grad in zip(leaves, a, b):
+        torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-8, atol=1e-10, msg=name)
 
 
 def grouped_mm_calls(monkeypatch, allow):
@@ -86,14 +146,18 @@ def grouped_mm_calls(monkeypatch, allow):
 
 @pytest.mark.parametrize('aux_weight', (0.0, 0.3))
 @pytest.mark.parametrize('top_k', (1, 2, 5))
-@pytest.mark.parametrize('mlp, algorithm, scores', (('moe', algorithm_1, router_scores), ('aoe', algorithm_2, activation_norms)))
+@pytest.mark.parametrize('mlp, options, algorithm, scores', (
+    ('moe', {}, algorithm_1, router_scores),
+    ('moe', {'factorised': True}, algorithm_1, router_scores),
+    ('moe', {'router': 'large'}, algorithm_1, router_scores),
+    ('aoe', {}, algorithm_2, activation_norms)))
 @pytest.mark.parametrize('tokens', (6, 150))                                    # without padding, and with
 @pytest.mark.parametrize('form, dtype, rtol, atol', (
     ('loop', torch.float64, 1e-10, 1e-12), ('loop', torch.float32, 1e-4, 1e-3), ('F.grouped_mm', torch.float32, 1e-4, 1e-3)))
-def test_layer_equals_the_algorithm_in_values_and_every_gradient(mlp, algorithm, scores, top_k, aux_weight, tokens,
-                                                                 form, dtype, rtol, atol, monkeypatch):
+def test_layer_equals_the_algorithm_in_values_and_every_gradient(mlp, options, algorithm, scores, top_k, aux_weight,
+                                                                 tokens, form, dtype, rtol, atol, monkeypatch):
     calls = grouped_mm_calls(monkeypatch, allow=form == 'F.grouped_mm')
-    m = layer(mlp, top_k=top_k, aux_weight=aux_weight).to(dtype)
+    m = layer(mlp, top_k=top_k, aux_weight=aux_weight, **options).to(dtype)
     x = torch.randn(2, tokens // 2, 16, dtype=dtype, requires_grad=True)
     weight = torch.randn(2, tokens // 2, 16, dtype=dtype)
     leaves = dict(m.named_parameters()) | {'x': x}
@@ -177,10 +241,10 @@ def test_identical_experts_equal_one_dense_mlp(mlp):
     torch.testing.assert_close(m(x)[0], dense(x)[0], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize('mlp', MLPS)
-def test_logits_do_not_depend_on_later_tokens(mlp):
+@pytest.mark.parametrize('mlp, select', (*((mlp, 'top_k') for mlp in MLPS), *((mlp, 'top_p') for mlp in SPARSE)))
+def test_logits_do_not_depend_on_later_tokens(mlp, select):
     torch.manual_seed(0)
-    model = GPT(small_config(mlp)).double()
+    model = GPT(small_config(mlp, select=select)).double()
     idx = torch.randint(11, (1, 8))
     logits = model(idx)[0]
     for t in range(1, 8):
@@ -189,6 +253,21 @@ def test_logits_do_not_depend_on_later_tokens(mlp):
         other = model(changed)[0]
         torch.testing.assert_close(other[0, :t], logits[0, :t], rtol=1e-12, atol=1e-12)
         assert not torch.allclose(other[0, t:], logits[0, t:])
+
+
+@pytest.mark.parametrize('mlp', SPARSE)
+def test_expert_choice_lets_later_tokens_decide_over_earlier_ones_but_not_in_generation(mlp):
+    torch.manual_seed(0)
+    model = GPT(small_config(mlp, select='expert_choice', capacity_factor=1.0)).double()
+    for p in model.parameters():
+        p.data *= 10
+    idx = torch.randint(11, (1, 8))
+    changes = [torch.cat([idx[:, :4], torch.randint(11, (1, 4))], 1) for _ in range(10)]
+    assert any(not torch.allclose(model(changed)[0][0, :4], model(idx)[0][0, :4]) for changed in changes)
+    usual = GPT(small_config(mlp)).double()
+    usual.load_state_dict(model.state_dict())
+    assert torch.equal(model.generate(idx[:, :3], 5, temperature=0), usual.generate(idx[:, :3], 5, temperature=0))
+    assert model.blocks[0].mlp.select == 'expert_choice'
 
 
 @pytest.mark.parametrize('n_embd, d_ffn', (*itertools.product((64, 96, 128, 192, 256, 384), (176, 256, 512, 1000)),
@@ -283,6 +362,7 @@ def test_routing_counts_what_happened(mlp):
     assert routing.load.shape == routing.prob.shape == (2, 5)
     assert routing.norm.shape == ((2, 5) if mlp == 'aoe' else (2, 0))
     assert routing.ent_conf.shape == routing.aux_loss.shape == (2,)
+    assert routing.experts_per_token.tolist() == [2, 2]
     assert (routing.ent_conf <= math.log(5) + 1e-6).all() and (routing.aux_loss == 0).all()
 
     m, x = model.blocks[0].mlp, torch.randn(1, 6, 16)

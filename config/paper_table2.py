@@ -1,0 +1,45 @@
+"""
+Table 2 of the paper, scaled down: is it the factorised gate, is it the larger
+router, or is it that the experts choose themselves? Twelve variants, three seeds.
+
+    python prepare_data.py shakespeare
+    python train.py config/paper_table2.py
+
+continues where it stopped and skips runs that are done. A run uses one thread:
+start the command once per core, and the processes share the runs.
+"""
+
+out_dir = 'out/paper_table2'
+init_from = 'auto'
+threads = 1
+
+# the paper's proportions: d_ffn = 4 D, d_low = D/12, D/6, D/3, 2 D/3
+n_layer = 3
+n_head = 4
+n_embd = 96
+d_ffn = 384
+d_low = 32
+
+block_size = 64
+batch_size = 16
+max_iters = 1600
+learning_rate = 2e-3
+warmup_iters = 100
+eval_interval = 400
+eval_iters = 50
+
+seeds = [1, 2, 3]
+runs = {
+    'moe': {'mlp': 'moe'},
+    'moe aux': {'mlp': 'moe', 'aux_weight': 0.01},
+    'moe aux factorised': {'mlp': 'moe', 'aux_weight': 0.01, 'factorised': True},
+    'moe aux large router': {'mlp': 'moe', 'aux_weight': 0.01, 'router': 'large'},
+    'aoe 8': {'mlp': 'aoe', 'd_low': 8},
+    'aoe 8 aux': {'mlp': 'aoe', 'd_low': 8, 'aux_weight': 0.01},
+    'aoe 16': {'mlp': 'aoe', 'd_low': 16},
+    'aoe 16 aux': {'mlp': 'aoe', 'd_low': 16, 'aux_weight': 0.01},
+    'aoe 32': {'mlp': 'aoe', 'd_low': 32},
+    'aoe 32 aux': {'mlp': 'aoe', 'd_low': 32, 'aux_weight': 0.01},
+    'aoe 64': {'mlp': 'aoe', 'd_low': 64},
+    'aoe 64 aux': {'mlp': 'aoe', 'd_low': 64, 'aux_weight': 0.01},
+}
