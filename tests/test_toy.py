@@ -1,0 +1,98 @@
+"""
+The toy experiment of the paper's appendix B: two experts, one for each token,
+and Gaussian vectors to classify. Stage one has two classes whose means are
+opposite; stage two adds a third around zero. Who handles which class?
+
+    python tests/test_toy.py             # some seconds; draws out/toy.png
+
+A linear router tells opposite means apart: what share of one class moe sends
+to an expert, that share of the other goes to the other expert. A norm is the
+same for x and -x: one of aoe's experts takes both. With one expert for each
+token the softmax over the chosen is 1, so that the router has no gradient and
+stays as it was drawn (Algorithm 1), while Wdown learns through the gate.
+"""
+
+import os
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from model import MLPS, GPTConfig
+
+D, SIGMAS, STEPS = 64, 3.0, 300          # SIGMAS: each number of a mean is this far from 0
+SIGN = torch.tensor([1.0, -1.0, 0.0])    # the mean of each class, in units of SIGMAS
+
+
+def draw_tokens(n, classes):
+    """n vectors (n, D) of the first `classes` classes, and their classes (n,)."""
+    label = torch.randint(classes, (n,))
+    return torch.randn(n, D) + SIGMAS * SIGN[label, None], label
+
+
+def shares(mlp, seed):
+    """Train the layer and a linear head on both stages. Returns after each (share of each class's tokens that
+    expert 2 handles, accuracy on the classes that were trained)."""
+    torch.manual_seed(seed)
+    layer = MLPS[mlp](GPTConfig(mlp=mlp, n_embd=D, n_head=1, n_expert=2, top_k=1, d_ffn=D, d_low=8))
+    head = torch.nn.Linear(D, 3, bias=False)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=p.shape[-2] ** -0.5)
+    optimizer = torch.optim.AdamW([*layer.parameters(), *head.parameters()], lr=3e-3)
+    results = []
+    for classes in (2, 3):
+        for _ in range(STEPS):
+            x, label = draw_tokens(256, classes)
+            F.cross_entropy(head(layer(x[None])[0][0]), label).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        x, label = draw_tokens(3000, 3)
+        with torch.no_grad():
+            expert = layer.score(x)[0].argmax(1)
+            right = head(layer(x[None])[0][0]).argmax(1) == label
+        results.append(([(expert[label == k] == 1).float().mean().item() for k in range(3)],
+                        right[label < classes].float().mean().item()))
+    return results
+
+
+@pytest.mark.parametrize('seed', (0, 1, 2))
+def test_moe_gives_opposite_classes_to_opposite_experts_and_aoe_to_the_same(seed):
+    for mlp in ('moe', 'aoe'):
+        (_, accuracy_1), ((plus, minus, zero), accuracy_2) = shares(mlp, seed)
+        assert accuracy_1 > 0.98 and accuracy_2 > 0.98
+        if mlp == 'moe':
+            assert abs(plus - minus) > 0.2 and abs(plus + minus - 1) < 0.05 and abs(zero - 0.5) < 0.05
+        else:
+            assert abs(plus - minus) < 0.05 and max(plus, 1 - plus) > 0.9
+
+
+def main(path):
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figure, panels = plt.subplots(2, 2, figsize=(7, 5), sharey=True, layout='constrained')
+    for row, mlp in zip(panels, ('moe', 'aoe')):
+        seeds = [shares(mlp, seed) for seed in range(3)]
+        for stage, axes in enumerate(row):
+            classes = stage + 2
+            for seed, results in enumerate(seeds):
+                share, accuracy = results[stage]
+                print(f'{mlp}, seed {seed}, stage {stage + 1}: expert 2 handles '
+                      + ', '.join(f'{s:.2f}' for s in share[:classes]) + f'; accuracy {accuracy:.3f}')
+                axes.bar([k + (seed - 1) * 0.25 for k in range(classes)], share[:classes], 0.22,
+                         color=('#0072B2', '#D55E00', '#009E73')[seed], label=f'seed {seed}')
+            axes.set_xticks(range(classes), [f'mean {sign * SIGMAS:+.0f}' for sign in SIGN[:classes].tolist()])
+            axes.set(title=f'{mlp}, stage {stage + 1}', ylim=(0, 1))
+        row[0].set_ylabel('share that expert 2 handles')
+    panels[0, 0].legend(fontsize=8)
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    figure.savefig(path, dpi=80)
+    print(f'drawn: {path}')
+
+
+if __name__ == '__main__':
+    main(sys.argv[1] if len(sys.argv) > 1 else 'out/toy.png')
