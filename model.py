@@ -331,7 +331,7 @@ class SparseMLP(nn.Module):
     def forward(self, x):                                                     # (B, S, D)
         shape, x = x.shape, x.flatten(0, 1)                                   # (T, D)
         p, C = self.score(x)                                                  # (T, E)
-        chosen, active = self.choose(p.detach())                              # I: (T, K)
+        chosen, active = self.choose(x, p.detach())                             # I: (T, K)
         pairs = torch.ones_like(chosen) if active is None else active.long()
         load = chosen.new_zeros(self.n_expert).scatter_add(0, chosen.flatten(), pairs.flatten())   # (E,)
         groups = group_by_expert(chosen, load, active)
@@ -346,7 +346,7 @@ class SparseMLP(nn.Module):
         h = Experts.apply(x, C_rows, weight, *map(as_autocast, (w_gate, self.w_p, self.w_o)), *groups)
         return h.view(shape), self.routing(p, load)
 
-    def choose(self, p):
+    def choose(self, x, p):
         """The experts of each token by their scores p (T, E): chosen (T, K), and which of these count, None for all.
 
         For top_p and expert_choice K is E.
@@ -386,7 +386,10 @@ class MoE(SparseMLP):
     """Routed mixture of experts, Algorithm 1: E_i(x) = (SiLU(x Wg_i) * (x Wp_i)) Wo_i, p = x router.
 
     The baselines of Table 2: factorised, Wg_i = Wdown_i Wup_i; a large router, p = SiLU(x router_in) router.
+    The pilot of Table 1: choose_by is a function (layer, x) -> (T, E) whose largest K are chosen instead of the router's,
+    which only weights them then.
     """
+    choose_by = None
 
     def __init__(self, config):
         super().__init__(config, config.factorised)
@@ -407,8 +410,28 @@ class MoE(SparseMLP):
         with torch.autocast(x.device.type, enabled=False):
             return at_least_float32(x) @ at_least_float32(self.router)
 
+    def choose(self, x, p):
+        return super().choose(x, p if self.choose_by is None else self.choose_by(self, x))
+
     def score_of_chosen(self, p, chosen, C_rows, groups):
         return p.gather(1, chosen)
+
+
+def norm_of_node(node, order):
+    """choose_by of the pilot: the norm (order 1, 2 or inf) of a node in every expert of a MoE, for each token.
+
+    Nodes: g = x Wg, u = x Wp, silu = SiLU(g), product = SiLU(g) * u, output = product Wo.
+    """
+    def norms(layer, x):
+        columns = []
+        for i in range(layer.n_expert):
+            nodes = {'g': x @ layer.w_g[i], 'u': x @ layer.w_p[i]}            # each (T, d_ffn)
+            nodes['silu'] = F.silu(nodes['g'])
+            nodes['product'] = nodes['silu'] * nodes['u']
+            nodes['output'] = nodes['product'] @ layer.w_o[i]                 # (T, D)
+            columns.append(torch.linalg.vector_norm(at_least_float32(nodes[node]), ord=order, dim=-1))
+        return torch.stack(columns, dim=-1)                                   # (T, E)
+    return norms
 
 
 class AoE(SparseMLP):

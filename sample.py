@@ -10,6 +10,7 @@ and tokenizer.
 """
 
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,8 @@ def main(arguments):
     device = choose_device(config.device)
     model, meta = load_model(folders[0], device)
     tokenizer = tokenizer_from(meta, config.data_dir)
+    if model.config.mlp != 'dense' and model.config.select == 'expert_choice':
+        print('expert_choice needs the tokens to come: experts are chosen by top_k here', file=sys.stderr)
     idx = torch.tensor([tokenizer.encode(config.prompt)], device=device)      # (1, S)
 
     dtype = choose_dtype('auto', device)

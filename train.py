@@ -13,9 +13,9 @@ evaluation <out_dir>/loss.png and expert_load.png are drawn anew from all runs
 that are found there.
 """
 
+import contextlib
 import ctypes
 import dataclasses
-import fcntl
 import gc
 import json
 import math
@@ -33,10 +33,21 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:                      # Windows: one process at a time
+    fcntl = None
+
 import configurator
 from configurator import UserError, build, check_type, parse, read_config_file
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, norm_of_node
 from prepare_data import load_meta
+
+
+# The pilot of Tables 1, 6 and 7: how a trained moe may choose its experts instead. Node and norm, as in g.L2.
+CHOICES = {'router': None, 'random': lambda layer, x: torch.rand(len(x), layer.n_expert, device=x.device)} | {
+    f'{node}.L{order}': norm_of_node(node, float(order))
+    for node in ('g', 'u', 'silu', 'product', 'output') for order in (1, 2, 'inf')}
 
 
 @dataclass
@@ -62,6 +73,7 @@ class TrainConfig(GPTConfig):
     eval_interval: int = 250                      # iterations between evaluations
     eval_iters: int = 50                          # batches in an evaluation, the same every time
     eval_only: bool = False                       # evaluate the checkpoint that is there and write nothing
+    choose_by: str = 'router'                     # with eval_only, of moe: random, all, or a node and a norm, as in g.L2
     log_interval: int = 10                        # iterations between updates of the progress bar
     init_from: Literal['scratch', 'resume', 'auto'] = 'scratch'   # resume: go on from the checkpoints in out_dir; auto: if any
     # several runs, trained in turn
@@ -87,6 +99,10 @@ class TrainConfig(GPTConfig):
         for key in ('min_lr', 'warmup_iters', 'weight_decay', 'grad_clip', 'seed'):
             if getattr(self, key) < 0:
                 raise ValueError(f'{key}: expected 0 or more, got {getattr(self, key)}')
+        if self.choose_by not in CHOICES and self.choose_by != 'all':
+            raise ValueError(f'choose_by: expected all or one of {", ".join(CHOICES)}, got {self.choose_by!r}')
+        if self.choose_by != 'router' and not self.eval_only:
+            raise ValueError('choose_by: expected --eval_only=True with it, got False')
         for key in ('beta1', 'beta2'):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f'{key}: expected at least 0 and below 1, got {getattr(self, key)}')
@@ -371,8 +387,6 @@ class Training:
         self.optimizer = make_optimizer(self.model, self.config, self.device)
         self.iteration, self.seconds, self.best_loss, self.log = 0, 0.0, math.inf, []
         self.tokens_per_iter = self.config.gradient_accumulation_steps * self.config.batch_size * self.config.block_size
-        if self.config.init_from != 'scratch' and os.path.exists(run.path('ckpt.pt')) or self.config.eval_only:
-            self.load()
 
     def load(self):
         """Take up everything from ckpt.pt. Evaluations that the log has from after it are forgotten."""
@@ -441,14 +455,49 @@ class Training:
         return facts
 
 
+@contextlib.contextmanager
+def claim(run):
+    """Hold the folder of a run, so that several processes can share the runs of one command. As a context, gives False
+    where another process holds it. The system lets go of it, however this process ends."""
+    os.makedirs(run.folder, exist_ok=True)
+    if fcntl is None:
+        yield True
+        return
+    folder = os.open(run.folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            claimed = True
+        except BlockingIOError:
+            claimed = False
+        yield claimed
+    finally:
+        os.close(folder)
+
+
+def evaluate_only(run):
+    """Evaluate one Run's checkpoint and write nothing."""
+    training = Training(run)
+    training.load()
+    training.describe()
+    report({'iter': training.iteration} | evaluate(training.model, training.data, training.autocast))
+
+
 def train(run, stop):
     """Train one Run, from scratch or from its checkpoint, until max_iters or until `stop` is set."""
-    config, training = run.config, Training(run)
-    facts = training.describe()
-    if config.eval_only:
-        report({'iter': training.iteration} | evaluate(training.model, training.data, training.autocast))
-        return
-    os.makedirs(run.folder, exist_ok=True)
+    training = Training(run)                                                  # first, since it refuses what cannot be
+    with claim(run) as claimed:
+        if claimed:
+            if run.config.init_from != 'scratch' and os.path.exists(run.path('ckpt.pt')):
+                training.load()
+            loop(run, training, stop)
+        else:
+            print(f'\n{run.folder}: another process is training it')
+
+
+def loop(run, training, stop):
+    """The training loop, from where the Training is."""
+    config, facts = run.config, training.describe()
     write_text(run.path('config.json'), json.dumps(facts | dataclasses.asdict(config), indent=1))
 
     bar = tqdm(total=config.max_iters * training.tokens_per_iter, desc=run.name, unit='tok', unit_scale=True,
@@ -471,6 +520,26 @@ def train(run, stop):
         if training.iteration % config.log_interval == 0:
             bar.set_postfix_str(f'loss {loss.item():.3f}', refresh=False)
     bar.close()
+
+
+def pilot(runs):
+    """Evaluate the trained moe models among runs with experts chosen otherwise. Prints the validation losses."""
+    first = runs[0].config
+    runs = [run for run in runs if run.config.mlp == 'moe' and not run.config.factorised]
+    if not runs:
+        raise UserError('choose_by: expected a moe that is not factorised, got none; give --mlp=moe')
+    losses = {choice: {} for choice in (CHOICES if first.choose_by == 'all' else ('router', first.choose_by))}
+    for run in runs:
+        training = Training(run)
+        training.load()
+        for choice, found in tqdm(losses.items(), desc=run.folder, unit='choice', disable=None):
+            for block in training.model.blocks:
+                block.mlp.choose_by = CHOICES[choice]
+            loss = evaluate(training.model, training.data, training.autocast)['val_loss']
+            found.setdefault(run.name, []).append(loss)
+    print()
+    print_rows([('chosen by', *losses['router'])] + [
+        (choice, *(mean_and_spread(seeds) for seeds in found.values())) for choice, found in losses.items()])
 
 
 def synchronize(device):
@@ -639,13 +708,14 @@ def print_rows(rows, indent=''):
         print(indent + '  '.join(cells))
 
 
+def mean_and_spread(values, form='.4f'):
+    """As text: the mean, and the standard deviation where there are several."""
+    spread = f' ± {format(statistics.stdev(values), form)}' if len(values) > 1 else ''
+    return format(statistics.mean(values), form) + spread
+
+
 def print_table(out_dir):
     """The runs of out_dir side by side, also in table.md; where a run has several seeds, mean and standard deviation."""
-    def mean(values, form):
-        values = list(values)
-        spread = f' ± {statistics.stdev(values):.4f}' if len(values) > 1 and form == '.4f' else ''
-        return format(statistics.mean(values), form) + spread
-
     table = [('run', 'parameters', 'active', 'val loss', 'Ent_load', 'tokens/s', 'memory')]
     for name, seeds in find_runs(out_dir).items():
         config = seeds[0][0]
@@ -654,8 +724,8 @@ def print_table(out_dir):
         speeds = [e['tokens_per_second'] for log in logs for e in log if e['tokens_per_second']]
         memory = [e['peak_memory'] for log in logs for e in log if e['peak_memory']]
         table.append((name, f'{config["total_parameters"]:,}', f'{config["active_parameters"]:,}',
-                      mean((min(e['val_loss'] for e in log) for log in logs), '.4f'),
-                      mean(ent_load, '.3f') if ent_load else '-',
+                      mean_and_spread([min(e['val_loss'] for e in log) for log in logs]),
+                      f'{statistics.mean(ent_load):.3f}' if ent_load else '-',
                       f'{statistics.median(speeds):,.0f}' if speeds else '-',
                       f'{max(memory) / 1e6:,.0f} MB' if memory else '-'))
     print()
@@ -665,18 +735,6 @@ def print_table(out_dir):
     print(f'\nval loss: the lowest; Ent_load: at most ln {config["n_expert"]} = {math.log(config["n_expert"]):.3f}; '
           f'pictures in {out_dir}\nmemory: the peak; on a CPU of the whole process, with what PyTorch prepared for\n'
           'earlier runs of the same command still in it, so compare runs trained alone')
-
-
-def claim(run):
-    """Hold the folder of a run until this process ends or trains another: several can share the runs of one command.
-    False where another process holds it."""
-    os.makedirs(run.folder, exist_ok=True)
-    run.lock = open(run.path('lock'), 'w')
-    try:
-        fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def check_folders(runs):
@@ -711,9 +769,11 @@ def main(arguments):
 
     if runs[0].config.threads:
         torch.set_num_threads(runs[0].config.threads)
+    if runs[0].config.choose_by != 'router':
+        return pilot(runs)
     for run in runs:
-        if not run.config.eval_only and not claim(run):
-            print(f'\n{run.folder}: another process is training it')
+        if run.config.eval_only:
+            evaluate_only(run)
             continue
         train(run, stop)
         if stop.is_set():

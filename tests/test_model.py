@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, MLP, MLPS, AoE, MoE, Past, group_by_expert, rotate
+from model import GPT, GPTConfig, MLP, MLPS, AoE, MoE, Past, group_by_expert, norm_of_node, rotate
 
 SPARSE = ('moe', 'aoe')
 
@@ -129,6 +129,28 @@ def test_other_selection_rules_equal_a_slow_loop(mlp, options, scores, select, t
     b = torch.autograd.grad((slow * cotangent).sum() + penalty, leaves.values())
     for name, fast_grad, slow_grad in zip(leaves, a, b):
         torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize('node', ('g', 'u', 'silu', 'product', 'output'))
+@pytest.mark.parametrize('order', (1.0, 2.0, math.inf))
+def test_the_pilot_chooses_by_the_norm_of_a_node_and_weights_by_the_router(node, order):
+    m = layer('moe')
+    x = torch.randn(1, 20, 16, dtype=torch.float64)
+    m.choose_by = norm_of_node(node, order)
+    slow = []
+    for token in x[0]:
+        outputs, norms = [], []
+        for i in range(5):
+            g, u = token @ m.w_g[i], token @ m.w_p[i]
+            silu = g / (1 + (-g).exp())
+            nodes = {'g': g, 'u': u, 'silu': silu, 'product': silu * u, 'output': (silu * u) @ m.w_o[i]}
+            outputs.append(nodes['output'])
+            norms.append(max(abs(v) for v in nodes[node]) if order == math.inf else
+                         sum(abs(v) ** order for v in nodes[node]) ** (1 / order))
+        chosen = sorted(range(5), key=lambda i: -norms[i].item())[:2]
+        p = token @ m.router
+        slow.append(sum(p[i].exp() * outputs[i] for i in chosen) / sum(p[i].exp() for i in chosen))
+    torch.testing.assert_close(m(x)[0][0], torch.stack(slow), rtol=1e-10, atol=1e-10)
 
 
 def grouped_mm_calls(monkeypatch, allow):

@@ -85,7 +85,7 @@ def main(path):
                       + ', '.join(f'{s:.2f}' for s in share[:classes]) + f'; accuracy {accuracy:.3f}')
                 axes.bar([k + (seed - 1) * 0.25 for k in range(classes)], share[:classes], 0.22,
                          color=('#0072B2', '#D55E00', '#009E73')[seed], label=f'seed {seed}')
-            axes.set_xticks(range(classes), [f'mean {sign * SIGMAS:+.0f}' for sign in SIGN[:classes].tolist()])
+            axes.set_xticks(range(classes), [f'mean {sign * SIGMAS:g}' for sign in SIGN[:classes].tolist()])
             axes.set(title=f'{mlp}, stage {stage + 1}', ylim=(0, 1))
         row[0].set_ylabel('share that expert 2 handles')
     panels[0, 0].legend(fontsize=8)

@@ -22,6 +22,7 @@ from model import GPT
 from train import Data, TrainConfig, learning_rate_at, make_optimizer, plan_runs
 
 VARIANTS = ('aoe', 'moe', 'dense')
+PICTURES = ('expert_load.png', 'final_loss.png', 'load_map.png', 'loss.png')
 CONFIGS = sorted(name for name in os.listdir(os.path.join(ROOT, 'config')) if name.endswith('.py'))
 
 
@@ -38,7 +39,7 @@ def trained(workspace):
 def test_three_variants_leave_logs_checkpoints_pictures_and_a_table(trained):
     workspace, printed = trained
     out = workspace / 'out/three'
-    assert sorted(os.listdir(out)) == ['aoe', 'dense', 'expert_load.png', 'loss.png', 'moe']
+    assert sorted(os.listdir(out)) == sorted([*VARIANTS, *PICTURES, 'norm.png', 'table.md'])
     for mlp in VARIANTS:
         assert sorted(os.listdir(out / mlp)) == ['best.pt', 'ckpt.pt', 'config.json', 'log.jsonl']
         log = log_of(out / mlp)
@@ -58,9 +59,11 @@ def test_three_variants_leave_logs_checkpoints_pictures_and_a_table(trained):
         assert row[1] == f'{json.loads((out / mlp / "config.json").read_text())["total_parameters"]:,}'
         assert row[3] == f'{min(entry["val_loss"] for entry in log):.4f}'
     assert all(len(line) <= 80 for line in printed.splitlines())
-    for name in ('loss.png', 'expert_load.png'):
+    rows = [line.strip('| \n').split(' | ') for line in open(out / 'table.md', encoding='utf-8')]
+    assert [row[0] for row in rows[2:]] == sorted(VARIANTS) and all(cell in printed for row in rows[2:] for cell in row)
+    for name in (*PICTURES, 'norm.png'):
         picture = matplotlib.image.imread(out / name)
-        assert picture.shape[1] >= 600 and picture[..., :3].std() > 0.05
+        assert picture.shape[1] >= 300 and picture[..., :3].std() > 0.05
         assert os.path.getsize(out / name) < 100_000
 
 
@@ -118,14 +121,55 @@ def test_a_config_file_may_name_runs_and_seeds(workspace):
                                       "seeds = [1, 2]\nout_dir = 'out/two'\n")
     small = [argument for argument in SMALL if not argument.startswith('--d_ffn')]
     printed = run_script('train.py', 'two.py', *small, '--max_iters=4', cwd=workspace).stdout
-    assert sorted(os.listdir(workspace / 'out/two')) == ['balanced-1', 'balanced-2', 'expert_load.png', 'loss.png',
-                                                         'small-1', 'small-2']
+    assert sorted(os.listdir(workspace / 'out/two')) == sorted(['balanced-1', 'balanced-2', 'small-1', 'small-2',
+                                                                *PICTURES, 'norm.png', 'table.md'])
     losses = [[log_of(workspace / f'out/two/small-{seed}')[i]['val_loss'] for seed in (1, 2)] for i in (0, 1)]
     assert losses[0][0] != losses[0][1]
     mean, spread = np.mean(losses[1]), np.std(losses[1], ddof=1)
     assert f'{mean:.4f} ± {spread:.4f}' in printed
     config = json.loads((workspace / 'out/two/balanced-2/config.json').read_text())
     assert (config['run'], config['mlp'], config['aux_weight'], config['seed']) == ('balanced', 'moe', 0.01, 2)
+
+
+def test_processes_share_the_runs_of_a_command_and_auto_skips_what_is_done(workspace):
+    command = [sys.executable, os.path.join(ROOT, 'train.py'), *SMALL, '--mlp=moe,dense', '--seeds=1,2', '--threads=1',
+               '--max_iters=200', '--init_from=auto', '--out_dir=out/shared']
+    both = [subprocess.Popen(command, cwd=workspace, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate(timeout=160)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert 'another process is training it' in ''.join(printed)
+    logs = {run: log_of(workspace / 'out/shared' / run) for run in ('moe-1', 'moe-2', 'dense-1', 'dense-2')}
+    assert all([entry['iter'] for entry in log] == list(range(0, 201, 10)) for log in logs.values())
+    alone = run_script('train.py', *command[2:], '--out_dir=out/alone', cwd=workspace)
+    assert [entry['val_loss'] for entry in log_of(workspace / 'out/alone/moe-2')] == [
+        entry['val_loss'] for entry in logs['moe-2']]
+    again = run_script('train.py', *command[2:], cwd=workspace)
+    assert {run: log_of(workspace / 'out/shared' / run) for run in logs} == logs
+    assert alone.returncode == again.returncode == 0
+
+
+def test_the_pilot_evaluates_every_choice(trained):
+    workspace = trained[0]
+    arguments = [*SMALL, '--mlp=moe', '--out_dir=out/three', '--eval_only=True']
+    printed = run_script('train.py', *arguments, '--choose_by=all', cwd=workspace).stdout
+    table = dict(line.split() for line in printed.splitlines()[-17:])
+    assert len(table) == 17 and len(set(table.values())) > 4
+    assert table['router'] == f'{log_of(workspace / "out/three/moe")[-1]["val_loss"]:.4f}'
+    assert 'g.L2' in run_script('train.py', *arguments, '--choose_by=g.L2', cwd=workspace).stdout
+
+
+@pytest.mark.parametrize('mlp', ('moe', 'aoe'))
+@pytest.mark.parametrize('select', ('top_p', 'expert_choice'))
+def test_other_selection_rules_train_and_log_how_many_experts_a_token_has(workspace, mlp, select):
+    out = f'out/{select}'
+    run_script('train.py', *SMALL, f'--mlp={mlp}', f'--select={select}', '--capacity_factor=1.5', '--conf_weight=1e-4',
+               f'--out_dir={out}', cwd=workspace)
+    log = log_of(workspace / out / mlp)
+    assert log[-1]['val_loss'] < log[0]['val_loss']
+    assert log[-1]['experts_per_token'] == [1.5, 1.5] if select == 'expert_choice' else all(
+        1 <= n <= 4 for n in log[-1]['experts_per_token'])
+    sampled = run_script('sample.py', f'{out}/{mlp}', '--prompt=import', '--max_new_tokens=5', cwd=workspace)
+    assert ('top_k' in sampled.stderr) == (select == 'expert_choice')
 
 
 def test_sampling(trained):
@@ -170,6 +214,11 @@ def test_mistakes_get_one_line_and_change_nothing(trained, refuse, monkeypatch, 
         (['--vocab_size=7'], 'vocab_size: expected at least the'),
         (['--device=tpu'], "device: expected auto or one of cpu on this machine, got 'tpu'"),
         (['--learning_rate=-1'], 'learning_rate: expected a positive number, got -1'),
+        (['--choose_by=g.L2'], 'choose_by: expected --eval_only=True with it'),
+        (['--choose_by=g.L2', '--eval_only=True', '--out_dir=out/three'], 'choose_by: expected a moe that is not factorised'),
+        (['--choose_by=g.L3'], 'choose_by: expected all or one of router, random, g.L1'),
+        (['--select=best'], 'select: expected top_k, top_p or expert_choice'),
+        (['--threads=0'], 'threads: expected a positive number'),
         (['--eval_iters=0'], 'eval_iters: expected a positive number, got 0'),
         (['--seeds=a'], "--seeds: expected tuple or None, got 'a'"),
         (["--runs={'a': {'n_layr': 2}}"], 'runs, a: n_layr: no such key; did you mean n_layer?'),
@@ -199,7 +248,9 @@ def test_a_script_ends_with_one_line_and_status_2(workspace):
 
 @pytest.mark.parametrize('file', CONFIGS)
 def test_every_config_trains_models_of_one_size(file):
-    runs = plan_runs(read_config_file(TrainConfig, os.path.join(ROOT, 'config', file)), {'mlp': 'aoe,moe,dense'})
+    values = read_config_file(TrainConfig, os.path.join(ROOT, 'config', file))
+    values.pop('runs', None), values.pop('seeds', None)
+    runs = plan_runs(values, {'mlp': 'aoe,moe,dense'})
     sizes = {}
     for run in runs:
         assert run.folder == f'out/{file.removesuffix(".py")}/{run.name}'
@@ -252,7 +303,7 @@ def test_batches_depend_on_seed_and_iteration_and_evaluation_batches_on_neither(
 def test_runs_with_the_same_seed_share_their_batches():
     runs = plan_runs({'mlp': 'aoe,moe', 'out_dir': 'o'}, {'seeds': (3, 4)})
     assert [(run.name, run.config.mlp, run.config.seed, run.folder) for run in runs] == [
-        ('aoe', 'aoe', 3, 'o/aoe-3'), ('aoe', 'aoe', 4, 'o/aoe-4'), ('moe', 'moe', 3, 'o/moe-3'), ('moe', 'moe', 4, 'o/moe-4')]
+        ('aoe', 'aoe', 3, 'o/aoe-3'), ('moe', 'moe', 3, 'o/moe-3'), ('aoe', 'aoe', 4, 'o/aoe-4'), ('moe', 'moe', 4, 'o/moe-4')]
     assert plan_runs({}, {'mlp': 'dense'})[0].folder == 'out/default/dense'
     run, = plan_runs({'n_layer': 2, 'runs': {'deep': {'n_layer': 6}}}, {'max_iters': 5})
     assert (run.name, run.config.n_layer, run.config.max_iters) == ('deep', 6, 5)
