@@ -579,6 +579,7 @@ def draw_plots(out_dir):
     import matplotlib                      # here, since it is slow to import and sample.py imports this file
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+    from PIL import Image                  # matplotlib brings it
     runs = find_runs(out_dir)
     color = {name: COLORS[i % len(COLORS)] for i, name in enumerate(runs)}
     for draw, file in ((draw_loss, 'loss.png'), (draw_final_loss, 'final_loss.png'), (draw_expert_load, 'expert_load.png'),
@@ -587,7 +588,8 @@ def draw_plots(out_dir):
         if figure:
             path = os.path.join(out_dir, file)
             part = f'{path}.{os.getpid()}.part'                               # another process may draw the same
-            figure.savefig(part, format='png', dpi=100)
+            figure.savefig(part, format='png', dpi=min(100, 900 / max(figure.get_size_inches())))
+            Image.open(part).convert('RGB').quantize(64).save(part, format='png', optimize=True)   # a third of the bytes
             os.replace(part, path)
             plt.close(figure)
 
@@ -686,7 +688,7 @@ def draw_norm(plt, runs, color):
     if not norms:
         return None
     n_layer = max(len(log[-1]['norm']) for log in norms.values())
-    figure, panels = plt.subplots(len(norms), n_layer, figsize=(1 + 2.4 * n_layer, 0.8 + 1.7 * len(norms)), squeeze=False,
+    figure, panels = plt.subplots(len(norms), n_layer, figsize=(1 + 2.4 * n_layer, 0.8 + 1.2 * len(norms)), squeeze=False,
                                   sharex=True, layout='constrained')
     for row, (name, log) in zip(panels, norms.items()):
         row[0].set_ylabel(name, fontsize=9)

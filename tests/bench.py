@@ -8,7 +8,8 @@ Speed and memory of the three MLPs, in one run, the sides taking turns.
 Times are medians; a ratio is the median of the ratios of each round, so that
 what slows the machine for a while slows both sides of it. Parts: layer (an MLP
 alone, forward and backward), step (a training step of the model), memory
-(bytes kept for backward), generate (text, one token at a time).
+(bytes kept for backward), cost (speed and memory of aoe over d_low), generate
+(text, one token at a time).
 """
 
 import contextlib
@@ -33,7 +34,7 @@ from model import GPT, MLPS, GPTConfig
 from prepare_data import PrepareConfig, prepare
 from train import Training, choose_device, keep_freed_memory, plan_runs, print_rows
 
-PARTS = ('layer', 'step', 'memory', 'generate')
+PARTS = ('layer', 'step', 'memory', 'cost', 'generate')
 LAYERS = {          # the MLP alone: its configuration, and the tokens that pass it at once
     'quick start': (dict(n_embd=128, d_ffn=256), 1024),
     'medium': (dict(n_embd=384, d_ffn=1024, d_low=128), 8192),
@@ -49,7 +50,7 @@ MODELS = {          # a whole training step
 class BenchConfig:
     """The keys of this script."""
     # keys
-    only: str = 'layer,step,memory,generate'      # the parts to measure, comma-separated
+    only: str = 'layer,step,memory,cost,generate' # the parts to measure, comma-separated
     shapes: str = 'quick start,medium,paper'      # of the layers, comma-separated
     rounds: int = 15                              # measurements of each side; the median counts
     warmup: int = 15                              # rounds before them, not counted
@@ -152,6 +153,21 @@ def transformers_layers(config, tokens, moe, bench, device):
     return layers
 
 
+def time_layers(layers, shape, tokens, bench, device):
+    """Seconds of each layer, forward and backward: name -> list."""
+    def run(layer):
+        def function(turn):
+            x = inputs[turn]
+            h = layer(x)
+            (h[0] if isinstance(h, tuple) else h).backward(cotangent)
+            layer.zero_grad(set_to_none=True)
+            x.grad = None
+        return function
+    inputs = [make_input(shape, tokens, bench, device, turn) for turn in range(bench.warmup + bench.rounds)]
+    cotangent = torch.randn_like(inputs[0])
+    return alternate({name: run(layer) for name, layer in layers.items()}, bench)
+
+
 def bench_layer(bench, device):
     """An MLP alone, forward and backward."""
     results = []
@@ -160,18 +176,7 @@ def bench_layer(bench, device):
         configs = {mlp: layer_config(mlp, shape, bench) for mlp in ('dense', 'moe', 'aoe')}
         layers = {mlp: make_layer(config, bench, device) for mlp, config in configs.items()}
         layers |= transformers_layers(configs['moe'], tokens, layers['moe'], bench, device)
-
-        def run(layer):
-            def function(turn):
-                x = inputs[turn]
-                h = layer(x)
-                (h[0] if isinstance(h, tuple) else h).backward(cotangent)
-                layer.zero_grad(set_to_none=True)
-                x.grad = None
-            return function
-        inputs = [make_input(shape, tokens, bench, device, turn) for turn in range(bench.warmup + bench.rounds)]
-        cotangent = torch.randn_like(inputs[0])
-        seconds = alternate({name: run(layer) for name, layer in layers.items()}, bench)
+        seconds = time_layers(layers, shape, tokens, bench, device)
 
         c = configs['aoe']
         print(f'\nlayer, {label}: D {c.n_embd}, d_ffn {c.d_ffn}, d_low {c.d_low}, E {c.n_expert}, K {c.top_k}, '
@@ -250,6 +255,27 @@ def bench_memory(bench, device):
     return results
 
 
+def bench_cost(bench, device):
+    """Table 4 of the paper: what aoe costs over d_low, at the paper's shape, with or without aux_weight."""
+    shape, tokens = LAYERS['paper']
+    configs = {'moe': layer_config('moe', shape, bench)} | {
+        f'aoe {d_low}': layer_config('aoe', shape | {'d_low': d_low}, bench) for d_low in (64, 128, 256, 512)}
+    layers = {name: make_layer(config, bench, device) for name, config in configs.items()}
+    seconds = time_layers(layers, shape, tokens, bench, device)
+    results, rows = [], [('', 'tokens/s', 'of moe', 'predicted', 'KiB/token', 'of moe')]
+    for name, layer in layers.items():
+        kib = bytes_kept(layer, make_input(shape, tokens, bench, device, 0)) / tokens / 1024
+        row = {'part': 'cost', 'side': name, 'tokens_per_second': tokens / statistics.median(seconds[name]),
+               'of_moe': ratio(seconds[name], seconds['moe']),
+               'predicted_of_moe': multiply_adds(configs['moe']) / multiply_adds(configs[name]), 'kib_per_token': kib}
+        results.append(row)
+        rows.append((name, f'{row["tokens_per_second"]:,.0f}', f'{row["of_moe"]:.2f}', f'{row["predicted_of_moe"]:.2f}',
+                     f'{kib:.1f}', f'{kib / results[0]["kib_per_token"]:.2f}'))
+    print(f'\ncost of the layer over d_low, at the paper\'s shape, aux_weight {bench.aux_weight}')
+    print_rows(rows, indent='  ')
+    return results
+
+
 def bench_generate(bench, device):
     """Text one token at a time: batch 1, 256 new tokens."""
     shape = {key: value for key, value in MODELS['6 x 384'].items() if key != 'batch_size'} | {'vocab_size': 84}
@@ -283,7 +309,8 @@ def main(arguments):
     device = choose_device(bench.device)
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads'
     print(f'torch {torch.__version__}, {device} ({name}), {bench.dtype}, {bench.rounds} rounds')
-    parts = {'layer': bench_layer, 'step': bench_step, 'memory': bench_memory, 'generate': bench_generate}
+    parts = {'layer': bench_layer, 'step': bench_step, 'memory': bench_memory, 'cost': bench_cost,
+             'generate': bench_generate}
     results = [row for part in bench.only.split(',') for row in parts[part](bench, device)]
     if bench.json:
         with open(bench.json, 'w', encoding='utf-8') as file:

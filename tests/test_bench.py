@@ -32,10 +32,12 @@ def test_the_norms_of_all_experts_are_not_kept_with_aux_loss_either():
 
 
 def test_the_script_writes_what_it_prints(tmp_path):
-    printed = run_script('tests/bench.py', '--only=layer,memory', '--shapes=quick start', '--rounds=1', '--warmup=1',
+    printed = run_script('tests/bench.py', '--only=layer,memory,cost', '--shapes=quick start', '--rounds=1', '--warmup=1',
                          '--json=bench.json', cwd=tmp_path).stdout
     results = json.loads((tmp_path / 'bench.json').read_text())['results']
-    for part, figure in (('layer', '{ms:.2f}'), ('memory', '{kib_per_token:.1f}')):
+    three = {'dense', 'moe', 'aoe'}
+    for part, figure, sides in (('layer', '{ms:.2f}', three), ('memory', '{kib_per_token:.1f}', three),
+                                ('cost', '{kib_per_token:.1f}', {'moe', 'aoe 64', 'aoe 128', 'aoe 256', 'aoe 512'})):
         rows = [row for row in results if row['part'] == part]
-        assert {row['side'] for row in rows} >= {'dense', 'moe', 'aoe'}
+        assert {row['side'] for row in rows} >= sides
         assert all(figure.format(**row) in printed for row in rows)
