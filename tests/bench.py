@@ -256,10 +256,12 @@ def bench_memory(bench, device):
 
 
 def bench_cost(bench, device):
-    """Table 4 of the paper: what aoe costs over d_low, at the paper's shape, with or without aux_weight."""
-    shape, tokens = LAYERS['paper']
+    """Table 4 of the paper: what aoe costs over d_low, D/12 to 2 D/3, at the last of the shapes."""
+    label = bench.shapes.split(',')[-1]
+    shape, tokens = LAYERS[label]
+    widths = [8 * round(shape['n_embd'] / part / 8) for part in (12, 6, 3, 1.5)]
     configs = {'moe': layer_config('moe', shape, bench)} | {
-        f'aoe {d_low}': layer_config('aoe', shape | {'d_low': d_low}, bench) for d_low in (64, 128, 256, 512)}
+        f'aoe {d_low}': layer_config('aoe', shape | {'d_low': d_low}, bench) for d_low in widths}
     layers = {name: make_layer(config, bench, device) for name, config in configs.items()}
     seconds = time_layers(layers, shape, tokens, bench, device)
     results, rows = [], [('', 'tokens/s', 'of moe', 'predicted', 'KiB/token', 'of moe')]
@@ -271,7 +273,7 @@ def bench_cost(bench, device):
         results.append(row)
         rows.append((name, f'{row["tokens_per_second"]:,.0f}', f'{row["of_moe"]:.2f}', f'{row["predicted_of_moe"]:.2f}',
                      f'{kib:.1f}', f'{kib / results[0]["kib_per_token"]:.2f}'))
-    print(f'\ncost of the layer over d_low, at the paper\'s shape, aux_weight {bench.aux_weight}')
+    print(f'\ncost of the layer over d_low, {label}, aux_weight {bench.aux_weight:g}')
     print_rows(rows, indent='  ')
     return results
 
