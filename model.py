@@ -211,11 +211,13 @@ def group_by_expert(chosen, load, active=None):
 def grouped_mm(a, b, ends):
     """A matmul for each expert: a (P, m), b (E, m, n) -> (P, n), or, as the gradient of b, a (m, P), b (P, n) -> (E, m, n).
 
-    Where PyTorch has one call for it (widths of whole 16 bytes; bfloat16, and float32 unless compiled), that is used:
-    it does not wait for a GPU to learn `ends`. The loop says what it does.
+    Where PyTorch has one call for it (widths of whole 16 bytes; bfloat16 on cuda and cpu, float32 on a cpu unless compiled),
+    that is used: it does not wait for a GPU to learn `ends`. The loop says what it does.
     """
+    cpu, dtype = a.device.type == 'cpu', a.dtype
     whole = all(n * a.element_size() % 16 == 0 for t in (a, b) for n in t.stride() if n > 1)
-    known = a.dtype == torch.bfloat16 or a.dtype == torch.float32 and not torch.compiler.is_compiling()
+    known = (dtype == torch.bfloat16 and (cpu or a.device.type == 'cuda')
+             or dtype == torch.float32 and cpu and not torch.compiler.is_compiling())
     if hasattr(F, 'grouped_mm') and whole and known:
         return F.grouped_mm(a, b, offs=ends)
     ends = ends.tolist()

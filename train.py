@@ -9,8 +9,9 @@ how the variants compare.
 
 Each run writes <out_dir>/<run>/config.json, log.jsonl (a line per evaluation),
 ckpt.pt (to resume from) and best.pt (the lowest validation loss). After each
-evaluation <out_dir>/loss.png and expert_load.png are drawn anew from all runs
-that are found there.
+evaluation the pictures in <out_dir> are drawn anew from all runs that are found
+there: loss, final_loss, expert_load, load_map and norm. The table at the end is
+also written there, to table.md, and what it stands on to results.jsonl.
 """
 
 import contextlib
@@ -717,7 +718,10 @@ def mean_and_spread(values, form='.4f'):
 
 
 def print_table(out_dir):
-    """The runs of out_dir side by side, also in table.md; where a run has several seeds, mean and standard deviation."""
+    """The runs of out_dir side by side; where a run has several seeds, mean and standard deviation.
+
+    Also writes the table to table.md, and what it stands on, the last evaluation of every run, to results.jsonl.
+    """
     table = [('run', 'parameters', 'active', 'val loss', 'Ent_load', 'tokens/s', 'memory')]
     for name, seeds in find_runs(out_dir).items():
         config = seeds[0][0]
@@ -733,6 +737,9 @@ def print_table(out_dir):
     print()
     print_rows(table)
     lines = ['| ' + ' | '.join(row) + ' |' for row in table]
+    results = [{'run': name, 'seed': config['seed'], 'lowest_val_loss': min(entry['val_loss'] for entry in log), **log[-1]}
+               for name, seeds in find_runs(out_dir).items() for config, log in seeds]
+    write_text(os.path.join(out_dir, 'results.jsonl'), ''.join(json.dumps(result) + '\n' for result in results))
     write_text(os.path.join(out_dir, 'table.md'), '\n'.join([lines[0], '|---' * len(table[0]) + '|', *lines[1:]]) + '\n')
     print(f'\nval loss: the lowest; Ent_load: at most ln {config["n_expert"]} = {math.log(config["n_expert"]):.3f}; '
           f'pictures in {out_dir}\nmemory: the peak; on a CPU of the whole process, with what PyTorch prepared for\n'

@@ -39,7 +39,7 @@ def trained(workspace):
 def test_three_variants_leave_logs_checkpoints_pictures_and_a_table(trained):
     workspace, printed = trained
     out = workspace / 'out/three'
-    assert sorted(os.listdir(out)) == sorted([*VARIANTS, *PICTURES, 'norm.png', 'table.md'])
+    assert sorted(os.listdir(out)) == sorted([*VARIANTS, *PICTURES, 'norm.png', 'results.jsonl', 'table.md'])
     for mlp in VARIANTS:
         assert sorted(os.listdir(out / mlp)) == ['best.pt', 'ckpt.pt', 'config.json', 'log.jsonl']
         log = log_of(out / mlp)
@@ -122,7 +122,7 @@ def test_a_config_file_may_name_runs_and_seeds(workspace):
     small = [argument for argument in SMALL if not argument.startswith('--d_ffn')]
     printed = run_script('train.py', 'two.py', *small, '--max_iters=4', cwd=workspace).stdout
     assert sorted(os.listdir(workspace / 'out/two')) == sorted(['balanced-1', 'balanced-2', 'small-1', 'small-2',
-                                                                *PICTURES, 'norm.png', 'table.md'])
+                                                                *PICTURES, 'norm.png', 'results.jsonl', 'table.md'])
     losses = [[log_of(workspace / f'out/two/small-{seed}')[i]['val_loss'] for seed in (1, 2)] for i in (0, 1)]
     assert losses[0][0] != losses[0][1]
     mean, spread = np.mean(losses[1]), np.std(losses[1], ddof=1)
