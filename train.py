@@ -261,11 +261,11 @@ class Data:
 
 
 @torch.no_grad()
-def evaluate(model, data, autocast):
-    """Mean cross-entropy (nats per token) on both splits, and on the validation split what the experts did."""
+def evaluate(model, data, autocast, splits=('train', 'val')):
+    """Mean cross-entropy (nats per token) on the splits, and on the validation split what the experts did."""
     model.eval()
     losses, routings = {}, []
-    for split in ('train', 'val'):
+    for split in splits:
         batch_losses = []
         for idx, targets in data.eval_batches(split):
             with autocast:
@@ -277,8 +277,7 @@ def evaluate(model, data, autocast):
     model.train()
     mean = type(routing)(*(torch.stack(field).mean(0) for field in zip(*routings)))
     return {
-        'train_loss': losses['train'],
-        'val_loss': losses['val'],
+        **{f'{split}_loss': loss for split, loss in losses.items()},
         'aux_loss': mean.aux_loss.sum().item(),
         'load': mean.load.tolist(),                                           # [layer][expert]
         'ent_load': torch.special.entr(mean.load).sum(-1).tolist() if len(mean.load) else [],   # Eq. 7: [layer]
@@ -536,7 +535,7 @@ def pilot(runs):
         for choice, found in tqdm(losses.items(), desc=run.folder, unit='choice', disable=None):
             for block in training.model.blocks:
                 block.mlp.choose_by = CHOICES[choice]
-            loss = evaluate(training.model, training.data, training.autocast)['val_loss']
+            loss = evaluate(training.model, training.data, training.autocast, splits=['val'])['val_loss']
             found.setdefault(run.name, []).append(loss)
     print()
     print_rows([('chosen by', *losses['router'])] + [
@@ -790,6 +789,7 @@ def main(arguments):
             print(f'\nstopped and saved; to go on: python train.py {shlex.join(again)} --init_from=resume')
             sys.exit(130)
     if not runs[0].config.eval_only:
+        draw_plots(runs[0].config.out_dir)
         print_table(runs[0].config.out_dir)
 
 
