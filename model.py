@@ -333,7 +333,7 @@ class SparseMLP(nn.Module):
     def forward(self, x):                                                     # (B, S, D)
         shape, x = x.shape, x.flatten(0, 1)                                   # (T, D)
         p, C = self.score(x)                                                  # (T, E)
-        chosen, active = self.choose(x, p.detach())                             # I: (T, K)
+        chosen, active = self.choose(x, p.detach())                           # I: (T, K)
         pairs = torch.ones_like(chosen) if active is None else active.long()
         load = chosen.new_zeros(self.n_expert).scatter_add(0, chosen.flatten(), pairs.flatten())   # (E,)
         groups = group_by_expert(chosen, load, active)

@@ -688,7 +688,7 @@ def draw_norm(plt, runs, color):
     if not norms:
         return None
     n_layer = max(len(log[-1]['norm']) for log in norms.values())
-    figure, panels = plt.subplots(len(norms), n_layer, figsize=(1 + 2.4 * n_layer, 0.8 + 1.2 * len(norms)), squeeze=False,
+    figure, panels = plt.subplots(len(norms), n_layer, figsize=(1.4 + 2.4 * n_layer, 0.8 + 1.2 * len(norms)), squeeze=False,
                                   sharex=True, layout='constrained')
     for row, (name, log) in zip(panels, norms.items()):
         row[0].set_ylabel(name, fontsize=9)
@@ -721,8 +721,9 @@ def print_table(out_dir):
 
     Also writes the table to table.md, and what it stands on, the last evaluation of every run, to results.jsonl.
     """
+    runs = find_runs(out_dir)
     table = [('run', 'parameters', 'active', 'val loss', 'Ent_load', 'tokens/s', 'memory')]
-    for name, seeds in find_runs(out_dir).items():
+    for name, seeds in runs.items():
         config = seeds[0][0]
         logs = [log for _, log in seeds]
         ent_load = [statistics.mean(log[-1]['ent_load']) for log in logs if log[-1]['ent_load']]
@@ -737,7 +738,7 @@ def print_table(out_dir):
     print_rows(table)
     lines = ['| ' + ' | '.join(row) + ' |' for row in table]
     results = [{'run': name, 'seed': config['seed'], 'lowest_val_loss': min(entry['val_loss'] for entry in log), **log[-1]}
-               for name, seeds in find_runs(out_dir).items() for config, log in seeds]
+               for name, seeds in runs.items() for config, log in seeds]
     write_text(os.path.join(out_dir, 'results.jsonl'), ''.join(json.dumps(result) + '\n' for result in results))
     write_text(os.path.join(out_dir, 'table.md'), '\n'.join([lines[0], '|---' * len(table[0]) + '|', *lines[1:]]) + '\n')
     print(f'\nval loss: the lowest; Ent_load: at most ln {config["n_expert"]} = {math.log(config["n_expert"]):.3f}; '

@@ -63,7 +63,7 @@ def test_three_variants_leave_logs_checkpoints_pictures_and_a_table(trained):
     assert [row[0] for row in rows[2:]] == sorted(VARIANTS) and all(cell in printed for row in rows[2:] for cell in row)
     for name in (*PICTURES, 'norm.png'):
         picture = matplotlib.image.imread(out / name)
-        assert picture.shape[1] >= 300 and picture[..., :3].std() > 0.05
+        assert picture.shape[1] >= 600 and picture[..., :3].std() > 0.05
         assert os.path.getsize(out / name) < 100_000
 
 
