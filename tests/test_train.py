@@ -102,8 +102,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(workspace):
     assert printed.splitlines()[-1].endswith('--out_dir=out/stopped --init_from=resume')
     reached = train.load_checkpoint(workspace / 'out/stopped/moe/ckpt.pt', 'cpu')['iter']
     assert reached > 0
-    run_script('train.py', *SMALL, '--mlp=moe,dense', f'--max_iters={reached + 1}', '--out_dir=out/stopped',
-               '--init_from=resume', cwd=workspace)
+    again = [f'--max_iters={reached + 1}' if argument.startswith('--max_iters') else argument for argument in command[2:]]
+    run_script('train.py', *again, '--init_from=resume', cwd=workspace)
     assert [entry['iter'] for entry in log_of(workspace / 'out/stopped/moe')] == [0, reached + 1]
 
 
