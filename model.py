@@ -16,6 +16,7 @@ Shapes in the comments:
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -424,15 +425,19 @@ def norm_of_node(node, order):
 
     Nodes: g = x Wg, u = x Wp, silu = SiLU(g), product = SiLU(g) * u, output = product Wo.
     """
+    def value(layer, x, i):
+        if node == 'u':
+            return x @ layer.w_p[i]                                           # (T, d_ffn)
+        y = x @ layer.w_g[i]
+        if node != 'g':
+            y = F.silu(y)
+        if node in ('product', 'output'):
+            y = y * (x @ layer.w_p[i])
+        return y @ layer.w_o[i] if node == 'output' else y                    # (T, D) or (T, d_ffn)
+
     def norms(layer, x):
-        columns = []
-        for i in range(layer.n_expert):
-            nodes = {'g': x @ layer.w_g[i], 'u': x @ layer.w_p[i]}            # each (T, d_ffn)
-            nodes['silu'] = F.silu(nodes['g'])
-            nodes['product'] = nodes['silu'] * nodes['u']
-            nodes['output'] = nodes['product'] @ layer.w_o[i]                 # (T, D)
-            columns.append(torch.linalg.vector_norm(at_least_float32(nodes[node]), ord=order, dim=-1))
-        return torch.stack(columns, dim=-1)                                   # (T, E)
+        values = (at_least_float32(value(layer, x, i)) for i in range(layer.n_expert))
+        return torch.stack([torch.linalg.vector_norm(y, ord=order, dim=-1) for y in values], dim=-1)   # (T, E)
     return norms
 
 
@@ -571,28 +576,36 @@ class GPT(nn.Module):
         not there yet: experts are then chosen by top_k.
         """
         self.eval()
-        ahead = [block.mlp for block in self.blocks if getattr(block.mlp, 'select', None) == 'expert_choice']
-        for mlp in ahead:
-            mlp.select = 'top_k'
         generator = torch.Generator(idx.device)
         generator.manual_seed(seed) if seed is not None else generator.seed()
         past, new = [Past() for _ in self.blocks], idx[:, -self.config.block_size:]
-        for _ in range(max_new_tokens):
-            logits, _, _ = self(new, past=past)
-            logits = at_least_float32(logits[:, -1])                          # (B, vocab_size)
-            if vocab_top_k is not None:
-                kept = logits.topk(min(vocab_top_k, logits.shape[-1])).values
-                logits = logits.masked_fill(logits < kept[:, -1:], -torch.inf)
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
-            else:
-                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            idx = torch.cat([idx, new], dim=1)
-            if past[0].length == self.config.block_size:
-                past, new = [Past() for _ in self.blocks], idx[:, -max(1, self.config.block_size // 2):]
-        for mlp in ahead:
-            mlp.select = 'expert_choice'
+        with self.without_looking_ahead():
+            for _ in range(max_new_tokens):
+                logits, _, _ = self(new, past=past)
+                logits = at_least_float32(logits[:, -1])                      # (B, vocab_size)
+                if vocab_top_k is not None:
+                    kept = logits.topk(min(vocab_top_k, logits.shape[-1])).values
+                    logits = logits.masked_fill(logits < kept[:, -1:], -torch.inf)
+                if temperature == 0:
+                    new = logits.argmax(-1, keepdim=True)
+                else:
+                    new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+                idx = torch.cat([idx, new], dim=1)
+                if past[0].length == self.config.block_size:
+                    past, new = [Past() for _ in self.blocks], idx[:, -max(1, self.config.block_size // 2):]
         return idx
+
+    @contextmanager
+    def without_looking_ahead(self):
+        """As a context: layers with select = 'expert_choice' choose by top_k."""
+        ahead = [block.mlp for block in self.blocks if getattr(block.mlp, 'select', None) == 'expert_choice']
+        try:
+            for mlp in ahead:
+                mlp.select = 'top_k'
+            yield
+        finally:
+            for mlp in ahead:
+                mlp.select = 'expert_choice'
 
     def total_parameters(self):
         """Number of parameters; the matrix that embedding and head share counts once."""

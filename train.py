@@ -290,14 +290,28 @@ def evaluate(model, data, autocast, splits=('train', 'val')):
 # -----------------------------------------------------------------------------
 # checkpoints: ckpt.pt is the latest state, to resume from; best.pt the weights with the lowest validation loss
 
-def save(path, content):
-    """torch.save that leaves the file as it was, or whole: never half-written."""
-    torch.save(content, path + '.part')
-    os.replace(path + '.part', path)
+@contextlib.contextmanager
+def replacing(path):
+    """As a context, gives the name of a file to write, which then takes the place of path: whole, or not at all.
+
+    The name holds the process: another one may write the same.
+    """
+    part = f'{path}.{os.getpid()}.part'
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def write_text(path, text):
+    with replacing(path) as part, open(part, 'w', encoding='utf-8') as file:
+        file.write(text)
 
 
 def load_checkpoint(path, device):
-    """What `save` wrote. Nothing in the file can run code. Raises UserError where it is missing or damaged."""
+    """What Training saved. Nothing in the file can run code. Raises UserError where it is missing or damaged."""
     if not os.path.exists(path):
         raise UserError(f'expected a checkpoint, got no file {path}; train one with `python train.py`')
     try:
@@ -335,13 +349,6 @@ def read_log(path):
         return []
     with open(path, encoding='utf-8') as file:
         return [json.loads(line) for line in file]
-
-
-def write_text(path, text):
-    part = f'{path}.{os.getpid()}.part'                                       # another process may write the same
-    with open(part, 'w', encoding='utf-8') as file:
-        file.write(text)
-    os.replace(part, path)
 
 
 # -----------------------------------------------------------------------------
@@ -407,8 +414,10 @@ class Training:
                           cuda_rng=torch.cuda.get_rng_state(self.device) if self.device.type == 'cuda' else None)
 
     def save_weights(self, file, **more):
-        save(self.run.path(file), {'model': self.model.state_dict(), 'config': dataclasses.asdict(self.config),
-                                   'meta': self.data.meta, 'iter': self.iteration} | more)
+        content = {'model': self.model.state_dict(), 'config': dataclasses.asdict(self.config),
+                   'meta': self.data.meta, 'iter': self.iteration} | more
+        with replacing(self.run.path(file)) as part:
+            torch.save(content, part)
 
     def step(self):
         """One iteration. Returns the cross-entropy of its last batch, a tensor."""
@@ -586,11 +595,9 @@ def draw_plots(out_dir):
                        (draw_load_map, 'load_map.png'), (draw_norm, 'norm.png')):
         figure = draw(plt, runs, color)
         if figure:
-            path = os.path.join(out_dir, file)
-            part = f'{path}.{os.getpid()}.part'                               # another process may draw the same
-            figure.savefig(part, format='png', dpi=min(100, 900 / max(figure.get_size_inches())))
-            Image.open(part).convert('RGB').quantize(64).save(part, format='png', optimize=True)   # a third of the bytes
-            os.replace(part, path)
+            with replacing(os.path.join(out_dir, file)) as part:
+                figure.savefig(part, format='png', dpi=min(100, 900 / max(figure.get_size_inches())))
+                Image.open(part).convert('RGB').quantize(64).save(part, format='png', optimize=True)   # a third of the bytes
             plt.close(figure)
 
 
