@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from configurator import UserError, build, parse, run
 
-META_KEYS = {'source', 'sha256', 'tokenizer', 'vocabulary', 'vocab_size', 'train_tokens', 'val_tokens'}
+META_TYPES = {'source': str, 'sha256': str, 'tokenizer': str, 'vocabulary': str | None, 'vocab_size': int,
+              'train_tokens': int, 'val_tokens': int}
 VAL_FRACTION = 0.1
 CHUNK = 2**20                                # characters that are tokenized at once
 
@@ -107,7 +108,7 @@ def gpt2_from_package(data_dir):
 
 
 def load_meta(folder):
-    """The meta.json of a data set, checked for the keys that others rely on."""
+    """The meta.json of a data set, checked for what others rely on."""
     path = os.path.join(folder, 'meta.json')
     corpus = os.path.basename(folder).removesuffix('_gpt2')
     command = (f'python prepare_data.py {corpus if corpus in CORPORA else "FILE"}'
@@ -115,8 +116,12 @@ def load_meta(folder):
     try:
         with open(path, encoding='utf-8') as file:
             meta = json.load(file)
-        if missing := META_KEYS - meta.keys():
-            raise ValueError(f'no {sorted(missing)[0]}')
+        for key, kind in META_TYPES.items():
+            if not isinstance(meta.get(key, ...), kind):
+                raise ValueError(f'{key} = {meta[key]!r}' if key in meta else f'no {key}')
+        known = {'char': len(meta['vocabulary'] or ''), 'gpt2': 50_257}
+        if known.get(meta['tokenizer']) != meta['vocab_size']:
+            raise ValueError(f'vocab_size = {meta["vocab_size"]} for the tokenizer {meta["tokenizer"]!r}')
     except FileNotFoundError:
         raise UserError(f'expected data in {folder}, got no meta.json there; '
                         f'run `{command}` first') from None

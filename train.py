@@ -239,6 +239,9 @@ class Data:
         """The batch whose sequences begin at starts."""
         S = self.config.block_size
         window = self.tokens[split][np.asarray(starts)[:, None] + np.arange(S + 1)].astype(np.int64)
+        if window.max() >= self.meta['vocab_size']:
+            raise UserError(f'{split}.bin of {self.config.dataset}: expected tokens below vocab_size = '
+                            f'{self.meta["vocab_size"]}, got {window.max()}; remove the folder and run prepare_data.py again')
         window = torch.from_numpy(window)                                     # (batch_size, S + 1)
         if self.device.type == 'cuda':
             window = window.pin_memory().to(self.device, non_blocking=True)
@@ -294,12 +297,15 @@ def evaluate(model, data, autocast, splits=('train', 'val')):
 def replacing(path):
     """As a context, gives the name of a file to write, which then takes the place of path: whole, or not at all.
 
-    The name holds the process: another one may write the same.
+    The name holds the process: another one may write the same. Raises UserError where writing fails.
     """
     part = f'{path}.{os.getpid()}.part'
     try:
         yield part
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:                                  # RuntimeError: torch.save's, of a full disk
+        raise UserError(f'{path}: expected to write it, got "{str(error).splitlines()[0]}"; what was there is untouched. '
+                        'Is the disk full? Make room and go on with --init_from=resume') from None
     finally:
         if os.path.exists(part):
             os.remove(part)
@@ -393,6 +399,7 @@ class Training:
         self.forward = torch.compile(self.model) if self.config.compile is True else self.model
         self.optimizer = make_optimizer(self.model, self.config, self.device)
         self.iteration, self.seconds, self.best_loss, self.log = 0, 0.0, math.inf, []
+        self.losses, self.last_loss = [], math.nan                            # those of iterations that were not checked yet
         self.tokens_per_iter = self.config.gradient_accumulation_steps * self.config.batch_size * self.config.block_size
 
     def load(self):
@@ -408,6 +415,21 @@ class Training:
             torch.cuda.set_rng_state(checkpoint['cuda_rng'].cpu(), self.device)
         self.log = [entry for entry in read_log(self.run.path('log.jsonl')) if entry['iter'] <= self.iteration]
 
+    def check(self):
+        """Raise UserError if a loss since the last call, or a weight now, is not finite. Waits for a GPU."""
+        losses, self.losses = torch.stack(self.losses).tolist() if self.losses else [], []
+        for back, loss in zip(range(len(losses), 0, -1), losses):
+            if not math.isfinite(loss):
+                self.stop_at(self.iteration - back, loss)
+            self.last_loss = loss
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            self.stop_at(self.iteration, 'weights that are not')
+
+    def stop_at(self, iteration, got):
+        raise UserError(f'{self.run.folder}: iteration {iteration}: expected a finite loss, got {got}; the last was '
+                        f'{self.last_loss:.4f}. ckpt.pt is from before: go on from it with --init_from=resume and less than '
+                        f'--learning_rate={self.config.learning_rate:g}; --warmup_iters and --grad_clip can help, too')
+
     def save(self):
         self.save_weights('ckpt.pt', optimizer=self.optimizer.state_dict(), seconds=self.seconds,
                           best_loss=self.best_loss, rng=torch.get_rng_state(),
@@ -420,7 +442,7 @@ class Training:
             torch.save(content, part)
 
     def step(self):
-        """One iteration. Returns the cross-entropy of its last batch, a tensor."""
+        """One iteration. Appends the cross-entropy of its last batch, a tensor, to losses."""
         for group in self.optimizer.param_groups:
             group['lr'] = learning_rate_at(self.iteration, self.config)
         for micro_step in range(self.config.gradient_accumulation_steps):
@@ -433,7 +455,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.iteration += 1
-        return loss.detach()
+        self.losses.append(loss.detach())
 
     def evaluate(self):
         """Evaluate, log the result and keep the weights if they are the best so far."""
@@ -497,6 +519,9 @@ def train(run, stop):
     training = Training(run)                                                  # first, since it refuses what cannot be
     with claim(run) as claimed:
         if claimed:
+            for file in os.listdir(run.folder):
+                if file.endswith('.part'):                                    # half-written by a process that was killed
+                    os.remove(run.path(file))
             if run.config.init_from != 'scratch' and os.path.exists(run.path('ckpt.pt')):
                 training.load()
             loop(run, training, stop)
@@ -512,23 +537,24 @@ def loop(run, training, stop):
     bar = tqdm(total=config.max_iters * training.tokens_per_iter, desc=run.name, unit='tok', unit_scale=True,
                initial=training.iteration * training.tokens_per_iter, disable=None, dynamic_ncols=True)
     started = time.perf_counter()
-    while True:
-        at_end = training.iteration >= config.max_iters
-        if training.iteration % config.eval_interval == 0 or at_end or stop.is_set():
-            synchronize(training.device)
-            training.seconds += time.perf_counter() - started                 # the clock stands still for what follows
-            if not stop.is_set() and not (training.log and training.log[-1]['iter'] == training.iteration):
-                training.evaluate()
-                draw_plots(config.out_dir)
-            training.save()
-            started = time.perf_counter()
-        if at_end or stop.is_set():
-            break
-        loss = training.step()
-        bar.update(training.tokens_per_iter)
-        if training.iteration % config.log_interval == 0:
-            bar.set_postfix_str(f'loss {loss.item():.3f}', refresh=False)
-    bar.close()
+    with bar:
+        while True:
+            at_end = training.iteration >= config.max_iters
+            if training.iteration % config.eval_interval == 0 or at_end or stop.is_set():
+                training.check()
+                training.seconds += time.perf_counter() - started             # the clock stands still for what follows
+                if not stop.is_set() and not (training.log and training.log[-1]['iter'] == training.iteration):
+                    training.evaluate()
+                    draw_plots(config.out_dir)
+                training.save()
+                started = time.perf_counter()
+            if at_end or stop.is_set():
+                break
+            training.step()
+            bar.update(training.tokens_per_iter)
+            if training.iteration % config.log_interval == 0:
+                training.check()
+                bar.set_postfix_str(f'loss {training.last_loss:.3f}', refresh=False)
 
 
 def pilot(runs):
@@ -549,12 +575,6 @@ def pilot(runs):
     print()
     print_rows([('chosen by', *losses['router'])] + [
         (choice, *(mean_and_spread(seeds) for seeds in found.values())) for choice, found in losses.items()])
-
-
-def synchronize(device):
-    """Wait for what was queued, so that a clock tells the truth."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
 
 
 def report(entry):

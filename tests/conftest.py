@@ -13,6 +13,12 @@ SMALL = ['--n_layer=2', '--n_embd=32', '--n_head=2', '--d_ffn=48', '--n_expert=4
          '--max_iters=20', '--eval_interval=10', '--eval_iters=2', '--warmup_iters=5', '--dataset=code']
 
 
+def pytest_configure(config):
+    """Tests marked slow run only when asked for: python -m pytest -m slow."""
+    config.addinivalue_line('markers', 'slow: more than half a minute; runs with -m slow')
+    config.option.markexpr = config.option.markexpr or 'not slow'
+
+
 def run_script(script, *arguments, cwd, check=True):
     """Run a script as a user does. Returns the finished process, with its output as text."""
     environment = os.environ | {'MPLBACKEND': 'Agg', 'COLUMNS': '80', 'PYTHONIOENCODING': 'utf-8'}

@@ -335,10 +335,10 @@ def test_initialisation_gives_all_variants_the_same_scale():
     moe, aoe, dense = (models[mlp].blocks[1].mlp for mlp in ('moe', 'aoe', 'dense'))
     w_down = aoe.w_down.view(128, 8, -1).transpose(0, 1)                        # (E, D, d_low)
     product = w_down @ aoe.w_up                                                 # (E, D, d_wide), in the place of w_g
-    assert moe.w_g.std().item() == pytest.approx(0.02, rel=0.02)
+    assert moe.w_g.std().item() == pytest.approx(128 ** -0.5, rel=0.02)
     assert product.std().item() == pytest.approx(moe.w_g.std().item(), rel=0.03)
     for mlp in (moe, aoe, dense):
-        assert mlp.w_p.std().item() == pytest.approx(0.02, rel=0.02)
+        assert mlp.w_p.std().item() == pytest.approx(128 ** -0.5, rel=0.02)
         assert mlp.w_o.std().item() == pytest.approx(0.02 / math.sqrt(6), rel=0.02)
     for model in models.values():
         assert model.blocks[1].attention.out.weight.std().item() == pytest.approx(0.02 / math.sqrt(6), rel=0.02)

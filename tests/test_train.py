@@ -73,21 +73,6 @@ def test_an_untrained_model_knows_nothing(trained):
         assert log_of(trained[0] / 'out/three' / mlp)[0]['val_loss'] == pytest.approx(math.log(meta['vocab_size']), abs=0.3)
 
 
-@pytest.mark.parametrize('mlp', VARIANTS)
-def test_resuming_gives_the_same_losses_as_never_stopping(trained, mlp):
-    workspace = trained[0]
-    more = [*SMALL, f'--mlp={mlp}', '--out_dir=out/halves', '--lr_decay_iters=20', '--dropout=0.1',
-            '--gradient_accumulation_steps=2']
-    run_script('train.py', *more, '--max_iters=10', cwd=workspace)
-    run_script('train.py', *more, '--init_from=resume', cwd=workspace)
-    run_script('train.py', *more, '--out_dir=out/whole', '--eval_interval=5', cwd=workspace)
-    halves, whole = (
-        {entry['iter']: (entry['train_loss'], entry['val_loss']) for entry in log_of(workspace / 'out' / name / mlp)}
-        for name in ('halves', 'whole'))
-    assert list(halves) == [0, 10, 20] and list(whole) == [0, 5, 10, 15, 20]
-    assert all(halves[i] == whole[i] for i in halves)                          # to the last bit
-
-
 def test_ctrl_c_saves_and_says_how_to_go_on(workspace):
     command = [sys.executable, os.path.join(ROOT, 'train.py'), *SMALL, '--mlp=moe,dense', '--max_iters=100000',
                '--eval_interval=50000', '--out_dir=out/stopped']
