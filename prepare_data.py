@@ -53,6 +53,10 @@ class PrepareConfig:
     name: str | None = None                       # write to data/<name>; None: the corpus, with _gpt2 for gpt2
     data_dir: str = 'data'                        # the folder that holds all data sets
 
+    def __post_init__(self):
+        if self.name is not None and (os.path.basename(self.name) != self.name or self.name in ('', '.', '..')):
+            raise ValueError(f'name: expected the name of a folder in data_dir, got {self.name!r}')
+
 
 # -----------------------------------------------------------------------------
 # tokenizers: encode(text) -> list of ints, decode(ints) -> text, vocab_size
@@ -284,9 +288,10 @@ def prepare(corpus, config):
                         'use --tokenizer=gpt2')
 
     # Everything goes to a hidden folder first; the last step gives it its name.
-    os.makedirs(config.data_dir, exist_ok=True)
-    partial = tempfile.mkdtemp(prefix=f'.{name}-', dir=config.data_dir)
+    partial = None
     try:
+        os.makedirs(config.data_dir, exist_ok=True)
+        partial = tempfile.mkdtemp(prefix=f'.{name}-', dir=config.data_dir)
         with tqdm(total=len(text), desc=name, unit='char', unit_scale=True, disable=None) as progress:
             train_tokens = write_tokens(os.path.join(partial, 'train.bin'), text[:split], tokenizer, progress)
             val_tokens = write_tokens(os.path.join(partial, 'val.bin'), text[split:], tokenizer, progress)
@@ -304,8 +309,11 @@ def prepare(corpus, config):
             json.dump(meta, file, indent=1)
         os.chmod(partial, 0o755)              # mkdtemp makes it private
         os.replace(partial, folder)
+    except OSError as error:
+        raise UserError(f'{folder}: expected to write it, got "{error}"; nothing was kept of it') from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial:
+            shutil.rmtree(partial, ignore_errors=True)
     print(f'{folder}: {len(text):,} characters, vocabulary {tokenizer.vocab_size:,}, '
           f'{train_tokens:,} training tokens, {val_tokens:,} for validation')
 

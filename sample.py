@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 import configurator
-from configurator import UserError, build, parse
+from configurator import UserError, build, check_type, parse
 from model import GPT, GPTConfig
 from prepare_data import tokenizer_from
 from train import choose_device, choose_dtype, load_checkpoint
@@ -40,6 +40,8 @@ class SampleConfig:
             value = getattr(self, key)
             if value is not None and value <= 0:
                 raise ValueError(f'{key}: expected a positive number, got {value}')
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f'seed: expected 0 or more and below 2^62, got {self.seed}')
         if self.temperature < 0:
             raise ValueError(f'temperature: expected 0 or more, got {self.temperature}')
         if not self.prompt:
@@ -51,7 +53,8 @@ def load_model(folder, device):
     path = os.path.join(folder, 'best.pt')
     checkpoint = load_checkpoint(path, device)
     keys = GPTConfig.__dataclass_fields__
-    model = GPT(build(GPTConfig, {key: value for key, value in checkpoint['config'].items() if key in keys}))
+    model = GPT(build(GPTConfig, {key: check_type(GPTConfig, key, value, f'{path}: ')
+                                  for key, value in checkpoint['config'].items() if key in keys}))
     try:
         model.load_state_dict(checkpoint['model'])
     except RuntimeError:

@@ -94,12 +94,16 @@ class TrainConfig(GPTConfig):
         if self.lr_decay_iters is None:
             self.lr_decay_iters = self.max_iters
         for key in ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'log_interval',
-                    'max_iters', 'learning_rate', 'threads'):
+                    'max_iters', 'learning_rate', 'lr_decay_iters', 'threads'):
             if getattr(self, key) is not None and getattr(self, key) <= 0:
                 raise ValueError(f'{key}: expected a positive number, got {getattr(self, key)}')
         for key in ('min_lr', 'warmup_iters', 'weight_decay', 'grad_clip', 'seed'):
             if getattr(self, key) < 0:
                 raise ValueError(f'{key}: expected 0 or more, got {getattr(self, key)}')
+        if self.seed >= 2**63:
+            raise ValueError(f'seed: expected a number below 2^63, got {self.seed}')
+        if self.threads is not None and self.threads > os.cpu_count():
+            raise ValueError(f'threads: expected at most the {os.cpu_count()} of this machine, got {self.threads}')
         if self.choose_by not in CHOICES and self.choose_by != 'all':
             raise ValueError(f'choose_by: expected all or one of {", ".join(CHOICES)}, got {self.choose_by!r}')
         if self.choose_by != 'router' and not self.eval_only:
@@ -129,19 +133,29 @@ def plan_runs(from_file, from_line):
     if variants is None:
         variants = {mlp: {'mlp': mlp} for mlp in values.pop('mlp', TrainConfig.mlp).split(',')}
         from_line = {}                                   # mlp is split up, not contradicted
+    if not variants:
+        raise UserError('runs: expected at least one run, got none')
     for name, differs in variants.items():
         if not isinstance(name, str) or not isinstance(differs, dict):
             raise UserError(f'runs: expected a name and a dict of keys for each, got {name!r}: {differs!r}')
         for key, value in differs.items():
             differs[key] = check_type(TrainConfig, key, value, f'runs, {name}: ')
+            if key in ('runs', 'seed', 'seeds', 'out_dir'):
+                raise UserError(f'runs, {name}: expected keys of one run, got {key}; give it for all runs')
             if key in from_line:
                 raise UserError(f'--{key}: expected a key that all runs share, got one that the run {name} sets itself')
     planned = []
+    if not values.get('out_dir', TrainConfig.out_dir):
+        raise UserError("out_dir: expected a folder to write to, got ''")
     for seed in seeds:                                   # all variants with one seed, then the next: stopped, they compare
         for name, differs in variants.items():
             config = build(TrainConfig, values | differs | {'seed': check_type(TrainConfig, 'seed', seed, 'seeds, ')})
+            if name in ('', '.', '..') or os.path.basename(name) != name:
+                raise UserError(f'runs: expected names that can be a folder in out_dir, got {name!r}')
             folder = name if len(seeds) == 1 else f'{name}-{seed}'
             planned.append(Run(name, config, os.path.join(config.out_dir, folder)))
+    if len({run.folder for run in planned}) < len(planned):
+        raise UserError(f'seeds: expected each once, got {", ".join(run.folder for run in planned)}')
     return planned
 
 
@@ -322,11 +336,12 @@ def load_checkpoint(path, device):
         raise UserError(f'expected a checkpoint, got no file {path}; train one with `python train.py`')
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        checkpoint['config'], checkpoint['meta'], checkpoint['model']
-    except Exception as error:          # torch.load has many ways to find a file damaged
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f'{path}: expected a checkpoint of train.py, got a damaged or foreign file ({said}); '
-                        'remove it and train again') from None
+        whole = all(isinstance(checkpoint[key], dict) for key in ('config', 'meta', 'model'))
+    except Exception:                   # torch.load has many ways to find a file damaged
+        whole = False
+    if not whole:
+        raise UserError(f'{path}: expected a checkpoint of train.py, got a damaged or foreign file; '
+                        'remove it and train again')
     return checkpoint
 
 
@@ -353,8 +368,12 @@ def read_log(path):
     """The evaluations in a log.jsonl, oldest first; none where there is no file."""
     if not os.path.exists(path):
         return []
-    with open(path, encoding='utf-8') as file:
-        return [json.loads(line) for line in file]
+    try:
+        with open(path, encoding='utf-8') as file:
+            return [json.loads(line) for line in file]
+    except ValueError as error:
+        raise UserError(f'{path}: expected an evaluation a line, as train.py writes them, got "{error}"; '
+                        'mend it, or remove the folder and train again') from None
 
 
 # -----------------------------------------------------------------------------
@@ -406,6 +425,9 @@ class Training:
         """Take up everything from ckpt.pt. Evaluations that the log has from after it are forgotten."""
         checkpoint = load_checkpoint(self.run.path('ckpt.pt'), self.device)
         check_checkpoint(self.run.path('ckpt.pt'), checkpoint, self.config, self.data)
+        if 'optimizer' not in checkpoint:
+            raise UserError(f'{self.run.path("ckpt.pt")}: expected the whole state of a run, got weights alone; '
+                            'remove it and train again')
         self.model.load_state_dict(checkpoint['model'])
         self.optimizer.load_state_dict(checkpoint['optimizer'])
         self.iteration, self.seconds = checkpoint['iter'], checkpoint['seconds']
@@ -490,7 +512,10 @@ class Training:
 def claim(run):
     """Hold the folder of a run, so that several processes can share the runs of one command. As a context, gives False
     where another process holds it. The system lets go of it, however this process ends."""
-    os.makedirs(run.folder, exist_ok=True)
+    try:
+        os.makedirs(run.folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'out_dir: expected a folder to write to, got {run.config.out_dir!r}: {error.strerror}') from None
     if fcntl is None:
         yield True
         return

@@ -410,11 +410,47 @@ def test_an_expert_without_tokens_gets_zero_gradients(mlp):
     assert all(torch.isfinite(p.grad).all() for p in m.parameters())
 
 
-def test_a_token_whose_norms_are_all_zero_has_finite_gradients():
-    m = layer('aoe')
-    x = torch.zeros(1, 2, 16, dtype=torch.float64, requires_grad=True)
-    m(x)[0].sum().backward()
-    assert torch.isfinite(x.grad).all() and all(torch.isfinite(p.grad).all() for p in m.parameters())
+@pytest.mark.parametrize('aux_weight', (0.0, 0.1))
+@pytest.mark.parametrize('norms', ('zero', 'equal'))
+def test_a_token_whose_norms_are_all_the_same_has_finite_gradients(norms, aux_weight):
+    m = layer('aoe', aux_weight=aux_weight)
+    x = torch.randn(1, 2, 16, dtype=torch.float64) * (norms == 'equal')
+    if norms == 'equal':
+        m.w_down.data = down(m, 0).repeat(1, m.n_expert)
+    h, routing = m(x.requires_grad_())
+    (h.square().sum() + routing.aux_loss).backward()
+    assert torch.isfinite(h).all() and torch.isfinite(x.grad).all()
+    assert all(torch.isfinite(p.grad).all() for p in m.parameters())
+
+
+@pytest.mark.parametrize('mlp, changes', (
+    ('dense', {}), ('moe', {}), ('moe', {'factorised': True, 'aux_weight': 0.1}), ('moe', {'router': 'large', 'aux_weight': 0.1}),
+    ('moe', {'select': 'top_p', 'conf_weight': 0.1}), ('moe', {'select': 'expert_choice'}),
+    ('aoe', {}), ('aoe', {'aux_weight': 0.1}),
+    ('aoe', {'select': 'top_p', 'conf_weight': 0.1}), ('aoe', {'select': 'expert_choice'})))
+def test_the_gradient_of_every_parameter_equals_a_finite_difference(mlp, changes):
+    """Along a random direction of each parameter and along its steepest number, with what the trainer adds to the loss."""
+    torch.manual_seed(0)
+    model = GPT(small_config(mlp, **changes)).double()
+    idx, targets = torch.randint(11, (2, 3, 8))
+
+    def loss():
+        _, cross_entropy, routing = model(idx, targets)
+        return cross_entropy + routing.aux_loss.sum()
+    loss().backward()
+    h = 1e-6
+    for name, p in model.named_parameters():
+        steepest = torch.zeros_like(p)
+        steepest.view(-1)[p.grad.abs().argmax()] = 1.0
+        for direction in (torch.randn_like(p), steepest):
+            ends = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    p += sign * h * direction
+                    ends.append(loss())
+                    p -= sign * h * direction
+            difference = ((ends[0] - ends[1]) / (2 * h)).item()
+            assert difference == pytest.approx((p.grad * direction).sum().item(), rel=1e-5, abs=1e-8), name
 
 
 @pytest.mark.parametrize('mlp', SPARSE)

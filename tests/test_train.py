@@ -168,63 +168,6 @@ def test_sampling(trained):
     assert one == same
 
 
-def test_mistakes_get_one_line_and_change_nothing(trained, refuse, monkeypatch, tmp_path):
-    workspace = trained[0]
-    monkeypatch.chdir(workspace)
-    shutil.copytree('out/three/aoe', 'out/damaged/aoe')
-    for name in ('ckpt.pt', 'best.pt'):
-        (workspace / 'out/damaged/aoe' / name).write_bytes((workspace / 'out/three/aoe' / name).read_bytes()[:1000])
-    shutil.copytree('data/code', 'data/cut')
-    (workspace / 'data/cut/val.bin').write_bytes((workspace / 'data/code/val.bin').read_bytes()[:-2])
-    (workspace / 'short.txt').write_text('a short text, of which a tenth is too short for the context')
-    (workspace / 'greek.txt').write_text('αβγδ' * 500, encoding='utf-8')
-    for name in ('short', 'greek'):
-        run_script('prepare_data.py', f'{name}.txt', cwd=workspace)
-    before = {path: path.stat().st_mtime_ns for path in workspace.rglob('*')}
-
-    for arguments, says in (
-        (['--dataset=nothing'], 'run `python prepare_data.py FILE` first'),
-        (['--dataset=shakespeare_gpt2'], 'run `python prepare_data.py shakespeare --tokenizer=gpt2` first'),
-        (['--dataset=cut'], 'bytes, got'),
-        (['--dataset=short'], 'expected more than block_size = 16 tokens, got 6'),
-        (['--n_embd=33'], 'n_embd: expected a multiple of 2 * n_head = 4'),
-        (['--top_k=5'], 'top_k: expected at most n_expert = 4, got 5'),
-        (['--mlp=mix'], "mlp: expected one of aoe, moe, dense, got 'mix'"),
-        (['--mlp=aoe,mix'], "mlp: expected one of aoe, moe, dense, got 'mix'"),
-        (['--out_dir=out/three'], 'out/three/aoe: expected a new folder, got one that holds a run'),
-        (['--out_dir=out/new', '--init_from=resume'], 'out/new/aoe/ckpt.pt: expected a checkpoint to go on from'),
-        (['--out_dir=out/damaged', '--init_from=resume'], 'out/damaged/aoe/ckpt.pt: expected a checkpoint of train.py'),
-        (['--out_dir=out/three', '--init_from=resume', '--dataset=greek'], 'expected the vocabulary of greek'),
-        (['--out_dir=out/three', '--init_from=resume', '--n_layer=3'], 'with n_layer = 3, got 2; give --n_layer=2'),
-        (['--vocab_size=7'], 'vocab_size: expected at least the'),
-        (['--device=tpu'], "device: expected auto or one of cpu on this machine, got 'tpu'"),
-        (['--learning_rate=-1'], 'learning_rate: expected a positive number, got -1'),
-        (['--choose_by=g.L2'], 'choose_by: expected --eval_only=True with it'),
-        (['--choose_by=g.L2', '--eval_only=True', '--out_dir=out/three'], 'choose_by: expected a moe that is not factorised'),
-        (['--choose_by=g.L3'], 'choose_by: expected all or one of router, random, g.L1'),
-        (['--select=best'], 'select: expected top_k, top_p or expert_choice'),
-        (['--threads=0'], 'threads: expected a positive number'),
-        (['--eval_iters=0'], 'eval_iters: expected a positive number, got 0'),
-        (['--seeds=a'], "--seeds: expected tuple or None, got 'a'"),
-        (["--runs={'a': {'n_layr': 2}}"], 'runs, a: n_layr: no such key; did you mean n_layer?'),
-        (["--runs={'a': {'n_layer': 2}}"], '--n_layer: expected a key that all runs share'),
-        (['config/none.py'], "expected a config file such as config/shakespeare_cpu.py"),
-    ):
-        if torch.cuda.is_available() and 'tpu' in arguments[0]:
-            says = 'device: expected auto or one of cuda'
-        assert says in refuse(train.main, *SMALL, *arguments)
-    for arguments, says in (
-        ([], 'expected the folder of one run'),
-        (['out/none'], 'got no file out/none/best.pt'),
-        (['out/damaged/aoe'], 'out/damaged/aoe/best.pt: expected a checkpoint of train.py'),
-        (['out/three/aoe', '--prompt=Ж'], "got 'Ж'"),
-        (['out/three/aoe', '--temperature=-1'], 'temperature: expected 0 or more, got -1'),
-        (['out/three/aoe', '--prompt='], 'prompt: expected at least one character'),
-    ):
-        assert says in refuse(sample.main, *arguments)
-    assert {path: path.stat().st_mtime_ns for path in workspace.rglob('*')} == before
-
-
 def test_a_script_ends_with_one_line_and_status_2(workspace):
     process = run_script('train.py', '--n_lyer=3', cwd=workspace, check=False)
     assert (process.returncode, process.stdout) == (2, '')

@@ -1,0 +1,187 @@
+"""Mistakes that a new user makes, at every script: one line that says what to do, exit status 2, and nothing is changed."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+import bench
+import prepare_data
+import sample
+import train
+from conftest import SMALL, run_script
+
+MODEL = 'out/spoilt/aoe'
+
+MISTAKES = {prepare_data: (
+    (['shakespear'], 'expected shakespeare, tinyshakespeare or a text file'),
+    (['nothing.txt'], "got 'nothing.txt': No such file or directory"),
+    ([''], "got '': No such file or directory"),
+    (['data'], "got 'data': Is a directory"),
+    (['empty.txt'], 'expected a text of at least two characters, got 0'),
+    (['one.txt'], 'expected a text of at least two characters, got 1'),
+    (['binary.txt'], 'it is no UTF-8 text'),
+    (['many.txt'], 'expected at most 65,536 distinct characters, got 75,039; use --tokenizer=gpt2'),
+    (['code.txt', 'one.txt'], 'expected one corpus, got 2: code.txt one.txt'),
+    (['greek.txt', '--name=code'], 'another text; choose another --name='),
+    (['code.txt', '--name=code', '--tokenizer=gpt2'], 'as gpt2, got code.txt as char'),
+    (['code.txt', '--name='], "name: expected the name of a folder in data_dir, got ''"),
+    (['code.txt', '--name=..'], "name: expected the name of a folder in data_dir, got '..'"),
+    (['code.txt', '--name=a/b'], "name: expected the name of a folder in data_dir, got 'a/b'"),
+    (['code.txt', '--data_dir=code.txt'], 'code.txt/code: expected to write it, got "[Errno 17] File exists'),
+    (['code.txt', '--data_dir='], 'expected to write it, got "[Errno 2] No such file or directory'),
+    (['code.txt', '--tokenizer=word'], "--tokenizer: expected char or gpt2, got 'word'"),
+    (['code.txt', '--tokeniser=gpt2'], '--tokeniser: no such key; did you mean tokenizer?'),
+    (['tinyshakespeare', '--input=code.txt'], 'expected 1,115,394 characters, got'),
+    (['tinyshakespeare', '--input=nothing.txt'], "got 'nothing.txt': No such file or directory"),
+), train: (
+    (['--dataset=nothing'], 'got no meta.json there; run `python prepare_data.py FILE` first'),
+    (['--dataset=shakespeare_gpt2'], 'run `python prepare_data.py shakespeare --tokenizer=gpt2` first'),
+    (['--dataset='], 'expected data in data/, got no meta.json there'),
+    (['--dataset=cut'], 'data/cut/val.bin: expected'),
+    (['--dataset=lost'], 'data/lost/train.bin: expected'),
+    (['--dataset=foreign'], 'train.bin of foreign: expected tokens below vocab_size ='),
+    (['--dataset=no_json'], 'data/no_json/meta.json: expected what prepare_data.py writes, got'),
+    (['--dataset=no_size'], "data/no_size/meta.json: expected what prepare_data.py writes, got vocab_size = 'many'"),
+    (['--dataset=no_words'], "got vocab_size = 3 for the tokenizer 'char'"),
+    (['--dataset=short'], 'expected more than block_size = 16 tokens, got 6; lower --block_size'),
+    (['--block_size=9999999'], 'expected more than block_size = 9999999 tokens'),
+    (['--block_size=0'], 'block_size: expected a positive number, got 0'),
+    (['--batch_size=-1'], 'batch_size: expected a positive number, got -1'),
+    (['--n_layer=two'], "--n_layer: expected int, got 'two'"),
+    (['--n_layer=0'], 'n_layer: expected a positive number, got 0'),
+    (['--n_embd=33'], 'n_embd: expected a multiple of 2 * n_head = 4'),
+    (['--n_expert=0'], 'n_expert: expected a positive number, got 0'),
+    (['--top_k=0'], 'top_k: expected a positive number, got 0'),
+    (['--top_k=5'], 'top_k: expected at most n_expert = 4, got 5'),
+    (['--d_low=33'], 'd_low: expected at most n_embd = 32, got 33'),
+    (['--d_ffn=-4'], 'd_ffn: expected a positive number, got -4'),
+    (['--dropout=1'], 'dropout: expected a probability below 1, got 1.0'),
+    (['--mlp=mix'], "mlp: expected one of aoe, moe, dense, got 'mix'"),
+    (['--mlp=aoe,'], "mlp: expected one of aoe, moe, dense, got ''"),
+    (['--router=big'], "router: expected linear or large, got 'big'"),
+    (['--select=best'], 'select: expected top_k, top_p or expert_choice'),
+    (['--top_p=1.1'], 'top_p: expected more than 0 and at most 1, got 1.1'),
+    (['--capacity_factor=0'], 'capacity_factor: expected more than 0, got 0.0'),
+    (['--aux_weight=nan'], "--aux_weight: expected float, got 'nan'"),
+    (['--conf_weight=-1'], 'conf_weight: expected 0 or more, got -1.0'),
+    (['--vocab_size=7'], 'vocab_size: expected at least the'),
+    (['--learning_rate=-1'], 'learning_rate: expected a positive number, got -1'),
+    (['--learning_rate=fast'], "--learning_rate: expected float, got 'fast'"),
+    (['--lr_decay_iters=0'], 'lr_decay_iters: expected a positive number, got 0'),
+    (['--warmup_iters=-1'], 'warmup_iters: expected 0 or more, got -1'),
+    (['--beta2=1'], 'beta2: expected at least 0 and below 1, got 1.0'),
+    (['--eval_iters=0'], 'eval_iters: expected a positive number, got 0'),
+    (['--max_iters=0'], 'max_iters: expected a positive number, got 0'),
+    (['--seed=-1'], 'seed: expected 0 or more, got -1'),
+    (['--seed=99999999999999999999'], 'seed: expected a number below 2^63'),
+    (['--seeds=a'], "--seeds: expected tuple or None, got 'a'"),
+    (['--seeds=1,1'], 'seeds: expected each once'),
+    (['--threads=0'], 'threads: expected a positive number'),
+    (['--threads=100000'], 'threads: expected at most the'),
+    (['--device=tpu'], 'device: expected auto or one of'),
+    (['--device=cuda:99'], 'device: expected auto or one of'),
+    (['--dtype=float16'], '--dtype: expected auto or float32 or bfloat16'),
+    (['--compile=yes'], "--compile: expected auto or True or False, got 'yes'"),
+    (['--out_dir='], "out_dir: expected a folder to write to, got ''"),
+    (['--out_dir=code.txt'], "out_dir: expected a folder to write to, got 'code.txt': Not a directory"),
+    (['--out_dir=/dev/null/out'], "out_dir: expected a folder to write to, got '/dev/null/out': Not a directory"),
+    (['--out_dir=out/trained'], 'out/trained/aoe: expected a new folder, got one that holds a run'),
+    (['--init_from=gpt2'], "--init_from: expected scratch or resume or auto, got 'gpt2'"),
+    (['--init_from=resume'], 'out/new/aoe/ckpt.pt: expected a checkpoint to go on from'),
+    (['--init_from=resume', '--out_dir=out/damaged'], 'out/damaged/aoe/ckpt.pt: expected a checkpoint of train.py'),
+    (['--init_from=resume', '--out_dir=out/spoilt'], 'out/spoilt/aoe/ckpt.pt: expected the whole state of a run, got weights'),
+    (['--init_from=resume', '--out_dir=out/no_log'], 'out/no_log/aoe/log.jsonl: expected an evaluation a line'),
+    (['--init_from=resume', '--out_dir=out/trained', '--dataset=greek'], 'expected the vocabulary of greek'),
+    (['--init_from=resume', '--out_dir=out/trained', '--n_layer=3'], 'with n_layer = 3, got 2; give --n_layer=2'),
+    (['--eval_only=True'], 'out/new/aoe/ckpt.pt: expected a checkpoint to go on from'),
+    (['--choose_by=g.L2'], 'choose_by: expected --eval_only=True with it'),
+    (['--choose_by=g.L3'], 'choose_by: expected all or one of router, random, g.L1'),
+    (['--choose_by=g.L2', '--eval_only=True', '--out_dir=out/trained'], 'choose_by: expected a moe that is not factorised'),
+    (['--runs={}'], 'runs: expected at least one run, got none'),
+    (["--runs={'a': {'n_layr': 2}}"], 'runs, a: n_layr: no such key; did you mean n_layer?'),
+    (["--runs={'a': {'n_layer': 2}}"], '--n_layer: expected a key that all runs share'),
+    (["--runs={'a': {'seed': 2}}"], 'runs, a: expected keys of one run, got seed; give it for all runs'),
+    (["--runs={'../a': {}}"], "runs: expected names that can be a folder in out_dir, got '../a'"),
+    (['config/none.py'], "expected a config file such as config/shakespeare_cpu.py"),
+    (['binary.txt'], "got 'binary.txt': it is no UTF-8 text"),
+    (['evil.py'], "evil.py, line 1: expected key = value, got 'import os'"),
+    (['--n_layer', '3'], "expected --key=value, got '--n_layer'"),
+    (['--n_lyer=3'], '--n_lyer: no such key; did you mean n_layer?'),
+), sample: (
+    ([], 'expected the folder of one run, such as out/shakespeare_cpu/aoe, got 0'),
+    (['out/trained/aoe', 'out/trained/moe'], 'expected the folder of one run, such as out/shakespeare_cpu/aoe, got 2'),
+    (['out/none'], 'got no file out/none/best.pt'),
+    (['out/damaged/aoe'], 'out/damaged/aoe/best.pt: expected a checkpoint of train.py'),
+    ([MODEL], 'best.pt: expected weights of the shapes in its own configuration'),
+    (['out/trained/aoe', '--prompt=Ж'], "got 'Ж'"),
+    (['out/trained/aoe', '--prompt='], 'prompt: expected at least one character'),
+    (['out/trained/aoe', '--temperature=-1'], 'temperature: expected 0 or more, got -1'),
+    (['out/trained/aoe', '--temperature=hot'], "--temperature: expected float, got 'hot'"),
+    (['out/trained/aoe', '--max_new_tokens=0'], 'max_new_tokens: expected a positive number, got 0'),
+    (['out/trained/aoe', '--num_samples=1.5'], '--num_samples: expected int, got 1.5'),
+    (['out/trained/aoe', '--seed=-1'], 'seed: expected 0 or more and below 2^62, got -1'),
+    (['out/trained/aoe', '--top_k=3'], '--top_k: no such key; did you mean vocab_top_k?'),
+    (['out/trained/aoe', '--device=tpu'], 'device: expected auto or one of'),
+), bench: (
+    (['--only=everything'], "only: expected some of layer,step,memory,cost,generate, got 'everything'"),
+    (['--rounds=0'], 'rounds: expected a positive number, got 0'),
+    (['--warmup=x'], "--warmup: expected int, got 'x'"),
+)}
+
+
+@pytest.fixture(scope='module')
+def spoilt(workspace):
+    """The workspace with texts, data sets and runs that are not what they should be."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace)
+        for name, content in (('empty', b''), ('one', b'a'), ('binary', bytes(range(256))), ('greek', 'αβγδ'.encode() * 500),
+                              ('short', b'a short text, of which a tenth is too short for the context'),
+                              ('many', ''.join(map(chr, (*range(0x100, 0xd7ff), *range(0x10000, 0x14e20)))).encode())):
+            with open(f'{name}.txt', 'wb') as file:
+                file.write(content)
+        with open('evil.py', 'w', encoding='utf-8') as file:
+            file.write("import os\nos.system('touch exploded')\n")
+        for name in ('short', 'greek'):
+            run_script('prepare_data.py', f'{name}.txt', cwd=workspace)
+        with open('data/code/meta.json', encoding='utf-8') as file:
+            meta = json.load(file)
+        for name, change in (('no_json', None), ('no_size', {'vocab_size': 'many'}), ('no_words', {'vocab_size': 3})):
+            shutil.copytree('data/code', f'data/{name}')
+            with open(f'data/{name}/meta.json', 'w', encoding='utf-8') as file:
+                file.write(json.dumps(meta | change) if change else '{')
+        for name, file, content in (('cut', 'val.bin', b'1234'), ('foreign', 'train.bin', b'\xff' * 2 * meta['train_tokens']),
+                                    ('lost', 'train.bin', None)):
+            shutil.copytree('data/code', f'data/{name}')
+            os.remove(f'data/{name}/{file}')
+            if content:
+                with open(f'data/{name}/{file}', 'wb') as written:
+                    written.write(content)
+        run_script('train.py', *SMALL, '--max_iters=1', '--out_dir=out/trained', cwd=workspace)
+        for name in ('damaged', 'spoilt', 'no_log'):
+            shutil.copytree('out/trained', f'out/{name}')
+        for file in ('ckpt.pt', 'best.pt'):
+            os.truncate(f'out/damaged/aoe/{file}', 1000)
+        shutil.copy('out/trained/aoe/best.pt', f'{MODEL}/ckpt.pt')
+        best = torch.load(f'{MODEL}/best.pt', weights_only=True)
+        torch.save(best | {'config': best['config'] | {'n_embd': 64}}, f'{MODEL}/best.pt')
+        with open('out/no_log/aoe/log.jsonl', 'w', encoding='utf-8') as file:
+            file.write('what?\n')
+    return workspace
+
+
+def test_there_are_many_mistakes():
+    assert sum(map(len, MISTAKES.values())) >= 60
+
+
+@pytest.mark.parametrize('script', MISTAKES, ids=lambda script: script.__name__)
+def test_a_mistake_gets_one_line_and_changes_nothing(spoilt, refuse, monkeypatch, script):
+    monkeypatch.chdir(spoilt)
+    before = {path: path.stat().st_mtime_ns for path in spoilt.rglob('*') if path.is_file()}
+    for arguments, says in MISTAKES[script]:
+        shared = [*SMALL, '--out_dir=out/new'] if script is train else []
+        line = refuse(script.main, *shared, *arguments)
+        assert says in line, arguments
+        assert all(path.stat().st_mtime_ns == time for path, time in before.items()), arguments
