@@ -64,6 +64,13 @@ def test_the_seed_decides(train_here):
     assert all(a['val_loss'] != b['val_loss'] for a, b in zip(logs[0], logs[2]))
 
 
+@pytest.mark.parametrize('mlp', ('aoe', 'moe', 'dense'))
+def test_three_hundred_iterations_teach_something(train_here, mlp):
+    """From 4.5 nats a character, ln of the vocabulary, to 2.60 to 2.63 with three seeds."""
+    log = train_here(f'--mlp={mlp}', f'--out_dir=out/taught-{mlp}', '--max_iters=300', '--eval_interval=300', '--eval_iters=20')
+    assert log[0]['val_loss'] > 4 and log[1]['val_loss'] < 2.75
+
+
 def break_at(monkeypatch, iteration, number, before):
     """Put a number into a weight, before or after the step of an iteration."""
     step = train.Training.step
