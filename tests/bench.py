@@ -36,12 +36,12 @@ from train import Training, choose_device, keep_freed_memory, plan_runs, print_r
 
 PARTS = ('layer', 'step', 'memory', 'cost', 'generate')
 LAYERS = {          # the MLP alone: its configuration, and the tokens that pass it at once
-    'quick start': (dict(n_embd=128, d_ffn=256), 1024),
+    'small': (dict(n_embd=128, d_ffn=256), 1024),
     'medium': (dict(n_embd=384, d_ffn=1024, d_low=128), 8192),
     'paper': (dict(n_embd=768, n_head=12, d_ffn=3072, d_low=256), 4096),
 }
 MODELS = {          # a whole training step
-    'quick start': dict(n_layer=4, n_head=4, n_embd=128, d_ffn=256, block_size=64, batch_size=16),
+    'small': dict(n_layer=4, n_head=4, n_embd=128, d_ffn=256, block_size=64, batch_size=16),
     '6 x 384': dict(n_layer=6, n_head=6, n_embd=384, d_ffn=512, block_size=256, batch_size=8),
 }
 
@@ -51,7 +51,7 @@ class BenchConfig:
     """The keys of this script."""
     # keys
     only: str = 'layer,step,memory,cost,generate' # the parts to measure, comma-separated
-    shapes: str = 'quick start,medium,paper'      # of the layers, comma-separated
+    shapes: str = 'small,medium,paper'      # of the layers, comma-separated
     rounds: int = 15                              # measurements of each side; the median counts
     warmup: int = 15                              # rounds before them, not counted
     seed: int = 0                                 # of weights and inputs

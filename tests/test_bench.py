@@ -32,7 +32,7 @@ def test_the_norms_of_all_experts_are_not_kept_with_aux_loss_either():
 
 
 def test_the_script_writes_what_it_prints(tmp_path):
-    printed = run_script('tests/bench.py', '--only=layer,memory,cost', '--shapes=quick start', '--rounds=1', '--warmup=1',
+    printed = run_script('tests/bench.py', '--only=layer,memory,cost', '--shapes=small', '--rounds=1', '--warmup=1',
                          '--json=bench.json', cwd=tmp_path).stdout
     results = json.loads((tmp_path / 'bench.json').read_text())['results']
     three = {'dense', 'moe', 'aoe'}
