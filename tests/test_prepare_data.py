@@ -49,7 +49,7 @@ def test_a_second_run_finds_its_work_done(here, capsys):
 
 def test_a_failed_run_leaves_nothing(here, monkeypatch):
     monkeypatch.setattr(json, 'dump', lambda *_, **__: (_ for _ in ()).throw(OSError('disk full')))
-    with pytest.raises(OSError):
+    with pytest.raises(prepare_data.UserError, match='data/ham: expected to write it, got "disk full"; nothing was kept'):
         main(['ham.txt'])
     assert os.listdir(here / 'data') == []
 
