@@ -1,6 +1,6 @@
 """
-Where is AoE at its best? Narrow experts (d_ffn = D), more and smaller ones, and
-three times the tokens, each beside MoE; the rest as in paper_table2.py:
+Where is AoE at its best? With more and smaller experts, or with three times the
+tokens, each beside MoE; the rest as in paper_table2.py:
 
     python train.py config/paper_table2.py config/paper_shapes.py
 """
@@ -8,8 +8,6 @@ three times the tokens, each beside MoE; the rest as in paper_table2.py:
 out_dir = 'out/paper_shapes'
 aux_weight = 0.01
 runs = {
-    'moe narrow': {'mlp': 'moe', 'd_ffn': 96},
-    'aoe narrow': {'mlp': 'aoe', 'd_ffn': 96},
     'moe 4 of 16': {'mlp': 'moe', 'd_ffn': 192, 'n_expert': 16, 'top_k': 4},
     'aoe 4 of 16': {'mlp': 'aoe', 'd_ffn': 192, 'n_expert': 16, 'top_k': 4},
     'moe long': {'mlp': 'moe', 'max_iters': 4800, 'eval_interval': 1200},
