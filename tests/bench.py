@@ -201,7 +201,7 @@ def bench_step(bench, device):
     for label, shape in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
             with contextlib.redirect_stdout(None):
-                prepare(os.path.join(ROOT, 'model.py'), PrepareConfig(name='code', data_dir=folder))
+                prepare([os.path.join(ROOT, 'model.py')], PrepareConfig(name='code', data_dir=folder))
             runs = plan_runs({'dataset': 'code', 'data_dir': folder, 'device': str(device), 'dtype': bench.dtype, 'seed': bench.seed,
                               'aux_weight': bench.aux_weight, 'compile': bench.compile, **shape}, {'mlp': 'dense,moe,aoe'})
             trainings = {run.name: Training(run) for run in runs}

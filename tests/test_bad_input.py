@@ -16,15 +16,17 @@ from conftest import SMALL, run_script
 MODEL = 'out/spoilt/aoe'
 
 MISTAKES = {prepare_data: (
-    (['shakespear'], 'expected shakespeare, tinyshakespeare or a text file'),
+    (['shakespear'], 'expected shakespeare, tinyshakespeare, openwebtext or a text file'),
     (['nothing.txt'], "got 'nothing.txt': No such file or directory"),
-    ([''], "got '': No such file or directory"),
-    (['data'], "got 'data': Is a directory"),
-    (['empty.txt'], 'expected a text of at least two characters, got 0'),
-    (['one.txt'], 'expected a text of at least two characters, got 1'),
+    ([''], 'expected one corpus, or files and a --name=, got 1: '),
+    (['data'], 'data: expected a folder with .txt or .jsonl files, got one without'),
+    (['lines.jsonl', '--field=body'], "lines.jsonl, line 2: expected a JSON object with a text under 'body', got '{}'"),
+    (['code.txt', '--max_docs=0'], 'max_docs: expected a positive number, got 0'),
+    (['empty.txt'], 'expected a text of at least two tokens, got 0'),
+    (['one.txt'], 'expected a text of at least two tokens, got 1'),
     (['binary.txt'], 'it is no UTF-8 text'),
     (['many.txt'], 'expected at most 65,536 distinct characters, got 75,039; use --tokenizer=gpt2'),
-    (['code.txt', 'one.txt'], 'expected one corpus, got 2: code.txt one.txt'),
+    (['code.txt', 'one.txt'], 'expected one corpus, or files and a --name=, got 2: code.txt one.txt'),
     (['greek.txt', '--name=code'], 'another text; choose another --name='),
     (['code.txt', '--name=code', '--tokenizer=gpt2'], 'as gpt2, got code.txt as char'),
     (['code.txt', '--name='], "name: expected the name of a folder in data_dir, got ''"),
@@ -142,6 +144,8 @@ def spoilt(workspace):
                               ('many', ''.join(map(chr, (*range(0x100, 0xd7ff), *range(0x10000, 0x14e20)))).encode())):
             with open(f'{name}.txt', 'wb') as file:
                 file.write(content)
+        with open('lines.jsonl', 'w', encoding='utf-8') as file:
+            file.write('{"body": "a text"}\n{}\n')
         with open('evil.py', 'w', encoding='utf-8') as file:
             file.write("import os\nos.system('touch exploded')\n")
         for name in ('short', 'greek'):

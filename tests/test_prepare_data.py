@@ -4,13 +4,14 @@ import hashlib
 import io
 import json
 import os
+import sys
 import tarfile
 
 import numpy as np
 import pytest
 
 import prepare_data
-from prepare_data import CharTokenizer, GPT2Tokenizer, chunks, main, tokenizer_from
+from prepare_data import CharTokenizer, GPT2Tokenizer, main, pieces, tokenizer_from
 
 TEXT = 'To be, or not to be:\nthat is the question.\n' * 5
 
@@ -96,9 +97,9 @@ def test_a_download_that_fails_is_told_in_one_line(here, monkeypatch, refuse):
 def test_chunks_give_the_text_back_and_cut_only_before_white_space(monkeypatch):
     monkeypatch.setattr(prepare_data, 'CHUNK', 5)
     text = 'abcdefghij  kl\n\n\nmn op'
-    pieces = list(chunks(text))
-    assert ''.join(pieces) == text and len(pieces) > 2
-    assert all(piece[0].isspace() and not before[-1].isspace() for before, piece in zip(pieces, pieces[1:]))
+    found = list(pieces(io.StringIO(text)))
+    assert ''.join(found) == text and len(found) > 2
+    assert all(piece[0].isspace() and not before[-1].isspace() for before, piece in zip(found, found[1:]))
 
 
 def test_a_character_that_the_vocabulary_lacks_is_named():
@@ -113,4 +114,69 @@ def test_gpt2_tokens(here):
     assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.vocab_size == 50257
     main(['ham.txt', '--tokenizer=gpt2'])
     train = np.fromfile('data/ham_gpt2/train.bin', dtype=np.uint16)
-    assert tokenizer.decode(train) == TEXT[:193]
+    val = np.fromfile('data/ham_gpt2/val.bin', dtype=np.uint16)
+    assert tokenizer.decode(train) + tokenizer.decode(val) == TEXT and len(train) == int(0.9 * (len(train) + len(val)))
+
+
+DOCUMENTS = ['One document.', 'Another,\r\nwith lines and <|endoftext|> in it\n', 'Ünïcödé  \t and    spaces', 'the end ' * 40]
+
+
+@pytest.fixture
+def several(here):
+    """DOCUMENTS, in a file, a folder with a file and lines of .jsonl, and a file."""
+    (here / 'folder').mkdir()
+    for name, text in (('0.txt', DOCUMENTS[0]), ('folder/a.txt', DOCUMENTS[1]), ('folder/ignored.md', '?'), ('3.txt', DOCUMENTS[3])):
+        (here / name).write_bytes(text.encode())
+    (here / 'folder/b.jsonl').write_text(json.dumps({'body': '', 'id': 1}) + '\n' + json.dumps({'body': DOCUMENTS[2]}) + '\n')
+    return ['0.txt', 'folder', '3.txt', '--field=body', '--name=several']
+
+
+def all_tokens(folder):
+    return np.concatenate([np.fromfile(f'{folder}/{split}.bin', dtype=np.uint16) for split in ('train', 'val')])
+
+
+@pytest.mark.parametrize('chunk', (7, 2**20))
+def test_documents_are_read_in_order_in_pieces_of_any_size(several, monkeypatch, chunk):
+    monkeypatch.setattr(prepare_data, 'CHUNK', chunk)
+    main(several)
+    meta = json.load(open('data/several/meta.json', encoding='utf-8'))
+    joined = '\n'.join(DOCUMENTS)
+    assert tokenizer_from(meta).decode(all_tokens('data/several')) == joined
+    assert meta['vocabulary'] == ''.join(sorted(set(joined))) and meta['characters'] == len(joined)
+    assert meta['sha256'] == hashlib.sha256(joined.encode()).hexdigest()
+
+
+@pytest.mark.parametrize('chunk', (7, 2**20))
+def test_gpt2_gives_the_tokens_of_tiktoken_with_a_token_between_documents(several, monkeypatch, chunk):
+    monkeypatch.setattr(prepare_data, 'CHUNK', chunk)
+    main([*several, '--tokenizer=gpt2'])
+    encode = GPT2Tokenizer().encode
+    expected = encode(DOCUMENTS[0])
+    for document in DOCUMENTS[1:]:
+        expected += [50256] + encode(document)
+    assert all_tokens('data/several').tolist() == expected
+
+
+def test_only_so_many_documents(several):
+    main([*several, '--max_docs=1'])
+    assert json.load(open('data/several/meta.json', encoding='utf-8'))['characters'] == len('\n'.join(
+        (DOCUMENTS[0], DOCUMENTS[1], DOCUMENTS[3])))
+
+
+def test_openwebtext_without_datasets_says_what_to_install(here, refuse, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'datasets', None)
+    assert 'expected the package datasets, got none; `pip install datasets` first' in refuse(main, 'openwebtext')
+    assert os.listdir(here / 'data') == []
+
+
+@pytest.mark.slow
+def test_openwebtext_reads_parquet_through_datasets(here, refuse, capsys):
+    import datasets
+    datasets.Dataset.from_dict({'text': DOCUMENTS}).to_parquet(here / 'rows/train-0.parquet')
+    main(['openwebtext', '--hub=rows', '--tokenizer=gpt2', '--max_docs=3'])
+    encode = GPT2Tokenizer().encode
+    assert all_tokens('data/openwebtext_gpt2').tolist() == [
+        *encode(DOCUMENTS[0]), 50256, *encode(DOCUMENTS[1]), 50256, *encode(DOCUMENTS[2])]
+    capsys.readouterr()
+    assert "expected rows with a text under 'body'" in refuse(main, 'openwebtext', '--hub=rows', '--field=body', '--name=x')
+    assert "got '/nowhere'" in refuse(main, 'openwebtext', '--hub=/nowhere', '--name=x')

@@ -138,6 +138,22 @@ def test_nothing_in_a_file_is_run(train_here, refuse):
     assert not os.path.exists('exploded')
 
 
+@pytest.mark.parametrize('mlp', ('aoe', 'dense'))
+def test_two_processes_train_like_one(workspace, mlp):
+    """The same batches, dropout among them, and the mean of the gradients: equal but for the order of additions."""
+    command = [*SMALL, f'--mlp={mlp}', '--aux_weight=0.01', '--dropout=0.1', '--gradient_accumulation_steps=4', '--dtype=float32']
+    run_script('train.py', *command, f'--out_dir=out/one-{mlp}', cwd=workspace)
+    process = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29517',
+                              os.path.join(ROOT, 'train.py'), *command, f'--out_dir=out/two-{mlp}'],
+                             cwd=workspace, capture_output=True, text=True, timeout=170, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert process.returncode == 0, process.stderr
+    one, two = (read_log(workspace / f'out/{name}-{mlp}/{mlp}/log.jsonl') for name in ('one', 'two'))
+    assert [entry['tokens'] for entry in two] == [entry['tokens'] for entry in one] == [0, 5120, 10240]
+    for a, b in zip(one, two):
+        assert b['train_loss'] == pytest.approx(a['train_loss'], abs=1e-4) and b['val_loss'] == pytest.approx(a['val_loss'], abs=1e-4)
+    assert sum('iteration' in line and 'val loss' in line for line in process.stdout.splitlines()) == 3   # one of them prints
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_twenty_times_ends_like_one_that_is_not(workspace):
     """Every second kill comes while a file is being written, the others at any time. Seconds differ, nothing else may."""
