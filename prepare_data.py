@@ -67,7 +67,8 @@ class PrepareConfig:
     data_dir: str = 'data'                        # the folder that holds all data sets
     field: str = 'text'                           # of a line of .jsonl, or a row of the hub: the key of its text
     max_docs: int | None = None                   # stop after that many documents; None: all
-    hub: str = 'Skylion007/openwebtext'           # what openwebtext loads: a data set of the hub, or a folder of Parquet files
+    # what openwebtext loads: a data set of the hub, with its branch (this one holds it as Parquet), or a folder of Parquet files
+    hub: str = 'Skylion007/openwebtext@refs/convert/parquet'
 
     def __post_init__(self):
         if self.name is not None and (os.path.basename(self.name) != self.name or self.name in ('', '.', '..')):
@@ -271,7 +272,8 @@ def hub_documents(config):
     except ImportError:
         raise UserError('openwebtext: expected the package datasets, got none; `pip install datasets` first') from None
     try:
-        for row in datasets.load_dataset(config.hub, split='train', streaming=True):
+        name, _, revision = config.hub.partition('@')
+        for row in datasets.load_dataset(name, revision=revision or None, split='train', streaming=True):
             yield io.StringIO(row[config.field])
     except KeyError:
         raise UserError(f'{config.hub}: expected rows with a text under {config.field!r}, got {list(row)}; '
