@@ -67,8 +67,7 @@ class PrepareConfig:
     data_dir: str = 'data'                        # the folder that holds all data sets
     field: str = 'text'                           # of a line of .jsonl, or a row of the hub: the key of its text
     max_docs: int | None = None                   # stop after that many documents; None: all
-    # what openwebtext loads: a data set of the hub, with its branch (this one holds it as Parquet), or a folder of Parquet files
-    hub: str = 'Skylion007/openwebtext@refs/convert/parquet'
+    hub: str = 'Skylion007/openwebtext@refs/convert/parquet'   # what openwebtext is: name@branch, or a folder of Parquet
 
     def __post_init__(self):
         if self.name is not None and (os.path.basename(self.name) != self.name or self.name in ('', '.', '..')):
