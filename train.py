@@ -574,7 +574,7 @@ def train(run, stop):
     with claim(run) as claimed:
         if claimed:
             for file in os.listdir(run.folder):
-                if file.endswith('.part') and RANK == 0:                                    # half-written by a process that was killed
+                if file.endswith('.part') and RANK == 0:                      # half-written by a process that was killed
                     os.remove(run.path(file))
             if run.config.init_from != 'scratch' and os.path.exists(run.path('ckpt.pt')):
                 training.load()
