@@ -118,13 +118,13 @@ def test_a_config_file_may_name_runs_and_seeds(workspace):
 
 def test_processes_share_the_runs_of_a_command_and_auto_skips_what_is_done(workspace):
     command = [sys.executable, os.path.join(ROOT, 'train.py'), *SMALL, '--mlp=moe,dense', '--seeds=1,2', '--threads=1',
-               '--max_iters=200', '--init_from=auto', '--out_dir=out/shared']
+               '--max_iters=300', '--eval_interval=150', '--init_from=auto', '--out_dir=out/shared']
     both = [subprocess.Popen(command, cwd=workspace, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = [process.communicate(timeout=160)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert 'another process is training it' in ''.join(printed)
     logs = {run: log_of(workspace / 'out/shared' / run) for run in ('moe-1', 'moe-2', 'dense-1', 'dense-2')}
-    assert all([entry['iter'] for entry in log] == list(range(0, 201, 10)) for log in logs.values())
+    assert all([entry['iter'] for entry in log] == [0, 150, 300] for log in logs.values())
     alone = run_script('train.py', *command[2:], '--out_dir=out/alone', cwd=workspace)
     assert [entry['val_loss'] for entry in log_of(workspace / 'out/alone/moe-2')] == [
         entry['val_loss'] for entry in logs['moe-2']]
