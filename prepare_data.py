@@ -334,13 +334,11 @@ class GrowingVocabulary:
             raise UserError(f'expected at most 65,536 distinct characters, got {self.vocab_size:,}; use --tokenizer=gpt2')
         return self.token_of[codes].astype(np.uint16)
 
-    def sort(self, tokens):
-        """Renumber tokens, an array, in place, so that the vocabulary is in the order of its code points."""
+    def sort(self):
+        """Put the vocabulary in the order of its code points. Returns the new token of each old one."""
         order = sorted(range(self.vocab_size), key=self.vocabulary.__getitem__)
         self.vocabulary = ''.join(self.vocabulary[token] for token in order)
-        place = np.argsort(order).astype(np.uint16)
-        for start in range(0, len(tokens), CHUNK):
-            tokens[start:start + CHUNK] = place[tokens[start:start + CHUNK]]
+        return np.argsort(order).astype(np.uint16)
 
 
 def in_parallel(function, items, threads):
@@ -443,11 +441,16 @@ def write_tokens(folder, read, config):
     train_tokens = int(tokens * (1 - VAL_FRACTION))
     if train_tokens == 0:
         raise UserError(f'expected a text of at least two tokens, got {tokens}')
-    written = np.memmap(train, dtype=np.uint16, mode='r+')
-    if is_char:
-        tokenizer.sort(written)
-    written[train_tokens:].tofile(val)
-    written.flush()
+    sorted_token = tokenizer.sort() if is_char else None
+    with open(train, 'r+b') as file, open(val, 'wb') as held_out:
+        for start in range(0, tokens, CHUNK):
+            file.seek(2 * start)
+            written = np.fromfile(file, dtype=np.uint16, count=CHUNK)
+            if is_char:
+                written = sorted_token[written]
+                file.seek(2 * start)
+                written.tofile(file)
+            written[max(0, train_tokens - start):].tofile(held_out)
     os.truncate(train, 2 * train_tokens)
     return {'sha256': digest.hexdigest(), 'vocabulary': tokenizer.vocabulary, 'vocab_size': tokenizer.vocab_size,
             'characters': characters, 'train_tokens': train_tokens, 'val_tokens': tokens - train_tokens}
