@@ -15,7 +15,6 @@ there: loss, final_loss, expert_load, load_map and norm. The table at the end is
 also written there, to table.md, and what it stands on to results.jsonl.
 """
 
-import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -857,7 +856,6 @@ def main(arguments):
     keep_freed_memory()
     if WORLD_SIZE > 1:
         dist.init_process_group()
-        atexit.register(dist.destroy_process_group)
     if RANK > 0:
         sys.stdout = open(os.devnull, 'w')
 
@@ -884,6 +882,9 @@ def main(arguments):
     if RANK == 0 and not runs[0].config.eval_only:
         draw_plots(runs[0].config.out_dir)
         print_table(runs[0].config.out_dir)
+    if WORLD_SIZE > 1:
+        any_process(False)                                                    # nobody leaves while another still needs it
+        dist.destroy_process_group()
 
 
 if __name__ == '__main__':
