@@ -143,7 +143,7 @@ def load_meta(folder):
         for key, kind in META_TYPES.items():
             if not isinstance(meta.get(key, ...), kind):
                 raise ValueError(f'{key} = {meta[key]!r}' if key in meta else f'no {key}')
-        known = {'char': len(meta['vocabulary'] or ''), 'gpt2': 50_257}
+        known = {'char': len(meta['vocabulary'] or ''), 'gpt2': END_OF_TEXT + 1}
         if known.get(meta['tokenizer']) != meta['vocab_size']:
             raise ValueError(f'vocab_size = {meta["vocab_size"]} for the tokenizer {meta["tokenizer"]!r}')
     except FileNotFoundError:

@@ -146,6 +146,7 @@ def test_two_processes_train_like_one(workspace, mlp):
     process = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
                               os.path.join(ROOT, 'train.py'), *command, f'--out_dir=out/two-{mlp}'],
                              cwd=workspace, capture_output=True, text=True, timeout=170, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert process.returncode == 0, process.stderr
     one, two = (read_log(workspace / f'out/{name}-{mlp}/{mlp}/log.jsonl') for name in ('one', 'two'))
     assert [entry['tokens'] for entry in two] == [entry['tokens'] for entry in one] == [0, 5120, 10240]
     for a, b in zip(one, two):
