@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import inspect
 import operator
+import os
 import re
 import sys
 import textwrap
@@ -69,6 +70,11 @@ def build(cls, values):
         return cls(**values)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def is_folder_name(name):
+    """Whether a folder can be made that is called so and lies in the folder where it is made."""
+    return name not in ('', '.', '..') and os.path.basename(name) == name
 
 
 def field_types(cls):

@@ -105,6 +105,13 @@ class Routing(NamedTuple):
     experts_per_token: torch.Tensor   # (L,)    mean over tokens; top_k, unless `select` says otherwise
 
 
+class Choice(NamedTuple):
+    """What a sparse MLP chose for T tokens (GPT.watching_experts)."""
+    experts: torch.Tensor    # (T, K)  the experts of each token, in no order
+    weights: torch.Tensor    # (T, K)  their weights; 0 for one that does not count, where `select` is not top_k
+    scores: torch.Tensor     # (T, K)  their scores: activation norms for aoe, the router's logits for moe
+
+
 def at_least_float32(x):
     """Scores are not trusted to 16 bits, whatever the autocast dtype."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -316,6 +323,7 @@ class SparseMLP(nn.Module):
         score_of_chosen(p, chosen, C_rows, groups)    p[I] (T, K), with a gradient; C_rows (P, d_low) if factorised
     """
     scores_are_norms = False
+    watched = None           # where somebody watches, a list that takes the Choice of every forward pass
 
     def __init__(self, config, factorised):
         super().__init__()
@@ -347,6 +355,8 @@ class SparseMLP(nn.Module):
             weight = weight.masked_fill(~active, -1e30).softmax(-1).masked_fill(~active, 0)
         w_gate = self.w_up if self.factorised else self.w_g                   # C_i Wup_i, or x Wg_i
         h = Experts.apply(x, C_rows, weight, *map(as_autocast, (w_gate, self.w_p, self.w_o)), *groups)
+        if self.watched is not None:
+            self.watched.append(Choice(chosen, weight.detach(), p.detach().gather(1, chosen)))
         return h.view(shape), self.routing(p, load)
 
     def choose(self, x, p):
@@ -605,6 +615,18 @@ class GPT(nn.Module):
         finally:
             for mlp in ahead:
                 mlp.select = 'expert_choice'
+
+    @contextmanager
+    def watching_experts(self):
+        """As a context, gives a list to which each forward pass appends a Choice for every layer; none for dense."""
+        choices = []
+        try:
+            for block in self.blocks:
+                block.mlp.watched = choices
+            yield choices
+        finally:
+            for block in self.blocks:
+                block.mlp.watched = None
 
     def total_parameters(self):
         """Number of parameters; the matrix that embedding and head share counts once."""

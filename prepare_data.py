@@ -40,7 +40,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, build, parse, run
+from configurator import UserError, build, is_folder_name, parse, run
 
 META_TYPES = {'source': str, 'sha256': str, 'tokenizer': str, 'vocabulary': str | None, 'vocab_size': int,
               'train_tokens': int, 'val_tokens': int}
@@ -70,7 +70,7 @@ class PrepareConfig:
     hub: str = 'Skylion007/openwebtext@refs/convert/parquet'   # what openwebtext is: name@branch, or a folder of Parquet
 
     def __post_init__(self):
-        if self.name is not None and (os.path.basename(self.name) != self.name or self.name in ('', '.', '..')):
+        if self.name is not None and not is_folder_name(self.name):
             raise ValueError(f'name: expected the name of a folder in data_dir, got {self.name!r}')
         if self.max_docs is not None and self.max_docs <= 0:
             raise ValueError(f'max_docs: expected a positive number, got {self.max_docs}')

@@ -17,13 +17,12 @@ import html
 import os
 import sys
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 import configurator
 from configurator import UserError, build, check_type, parse
-from model import GPT, GPTConfig
+from model import GPT, Choice, GPTConfig
 from prepare_data import tokenizer_from
 from train import choose_device, choose_dtype, load_checkpoint, write_text
 
@@ -79,37 +78,21 @@ PALETTE = ['#E69F00', '#56B4E9', '#009E73', '#F0E442', '#0072B2', '#D55E00', '#C
 LETTERS = ['black', 'black', 'black', 'black', 'white', 'white', 'black', 'white']
 
 
-class Chosen(NamedTuple):
-    """What one layer did with S tokens."""
-    experts: torch.Tensor    # (S, K)  the experts of each token, the heaviest first
-    weights: torch.Tensor    # (S, K)  their weights; 0 for an expert that does not count, where select is not top_k
-    scores: torch.Tensor     # (S, K)  their scores: activation norms for aoe, the router's logits for moe
-
-
 @torch.no_grad()
 def watch_experts(model, tokens):
-    """A Chosen for each layer, of tokens (S,) read in windows of block_size."""
+    """A Choice for each layer, of tokens (S,) read in windows of block_size; a token's heaviest expert comes first."""
     windows = []
-    for window in tokens.split(model.config.block_size):
-        inputs = []
-        hooks = [block.mlp.register_forward_pre_hook(lambda layer, args: inputs.append((layer, args[0].flatten(0, 1))))
-                 for block in model.blocks]
-        with model.without_looking_ahead():
+    with model.without_looking_ahead(), model.watching_experts() as choices:
+        for window in tokens.split(model.config.block_size):
+            choices.clear()
             model(window[None])
-            windows.append([choice_of(layer, x) for layer, x in inputs])
-        for hook in hooks:
-            hook.remove()
-    return [Chosen(*map(torch.cat, zip(*layer))) for layer in zip(*windows)]
+            windows.append([heaviest_first(choice) for choice in choices])
+    return [Choice(*map(torch.cat, zip(*layer))) for layer in zip(*windows)]
 
 
-def choice_of(layer, x):
-    """The Chosen of a sparse layer for its input x (S, D)."""
-    p, _ = layer.score(x)
-    experts, active = layer.choose(x, p)
-    scores = p.gather(1, experts)
-    weights = (scores if active is None else scores.masked_fill(~active, -torch.inf)).softmax(-1)
-    order = weights.argsort(descending=True)
-    return Chosen(*(field.gather(1, order) for field in (experts, weights, scores)))
+def heaviest_first(choice):
+    order = choice.weights.argsort(descending=True)
+    return Choice(*(field.gather(1, order) for field in choice))
 
 
 def color_text(texts, experts):
@@ -138,16 +121,16 @@ def number_text(texts, experts, width=80):
 
 
 def experts_page(name, texts, layers, score):
-    """An HTML page: the texts of tokens once for each layer's Chosen; score is what its scores are called."""
+    """An HTML page: the texts of tokens once for each layer's Choice; score is what its scores are called."""
     styles = ''.join(f'.e{i}{{background:{color};color:{letters}}}' for i, (color, letters) in enumerate(zip(PALETTE, LETTERS)))
     parts = [f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)}</title><style>body{{max-width:50em;'
              f'margin:2em auto;font-family:sans-serif}}pre{{white-space:pre-wrap;line-height:1.5}}{styles}</style>'
              f'<h1>{html.escape(name)}</h1><p>Each token has the colour of its first expert. Point at one to see all its experts.']
-    for number, chosen in enumerate(layers, 1):
-        used = sorted(set(chosen.experts[:, 0].tolist()))
+    for number, choice in enumerate(layers, 1):
+        used = sorted(set(choice.experts[:, 0].tolist()))
         legend = ' '.join(f'<span class="e{expert % 8}">&nbsp;{expert}&nbsp;</span>' for expert in used)
         parts.append(f'<h2>layer {number}</h2><p>{legend}<pre>')
-        for text, *columns in zip(texts, *(field.tolist() for field in chosen)):
+        for text, *columns in zip(texts, *(field.tolist() for field in choice)):
             told = ', '.join(f'expert {e}: weight {w:.2f}, {score} {s:.2f}' for e, w, s in zip(*columns) if w > 0)
             shown = html.escape(text).replace('\n', '\u21b5\n')
             parts.append(f'<span class="e{columns[0][0] % 8}" title="{html.escape(repr(text))} {told}">{shown}</span>')

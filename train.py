@@ -11,8 +11,8 @@ how the variants compare.
 Each run writes <out_dir>/<run>/config.json, log.jsonl (a line per evaluation),
 ckpt.pt (to resume from) and best.pt (the lowest validation loss). After each
 evaluation the pictures in <out_dir> are drawn anew from all runs that are found
-there: loss, final_loss, expert_load, load_map and norm. The table at the end is
-also written there, to table.md, and what it stands on to results.jsonl.
+there: loss, final_loss, expert_load, expert_class, load_map and norm. The table
+at the end is also written there, to table.md, and what it stands on to results.jsonl.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ except ImportError:                      # Windows: one process at a time
     fcntl = None
 
 import configurator
-from configurator import UserError, build, check_type, parse, read_config_file
+from configurator import UserError, build, check_type, is_folder_name, parse, read_config_file
 from model import GPT, GPTConfig, norm_of_node
 from prepare_data import load_meta
 
@@ -78,6 +78,7 @@ class TrainConfig(GPTConfig):
     grad_clip: float = 1.0                        # largest norm of all gradients together; 0: no limit
     # evaluation and output
     out_dir: str = 'out/default'                  # each run writes to a folder of its own in here
+    name: str | None = None                       # of the run, and of its folder; None: its mlp
     eval_interval: int = 250                      # iterations between evaluations
     eval_iters: int = 50                          # batches in an evaluation, the same every time
     eval_only: bool = False                       # evaluate the checkpoint that is there and write nothing
@@ -137,8 +138,11 @@ def plan_runs(from_file, from_line):
     """
     values = from_file | from_line
     variants, seeds = values.pop('runs', None), values.pop('seeds', None) or (values.get('seed', TrainConfig.seed),)
+    name = values.pop('name', None)
+    if name is not None and (variants is not None or ',' in values.get('mlp', '')):
+        raise UserError('name: expected one run with it, got several; give one --mlp=, or no name')
     if variants is None:
-        variants = {mlp: {'mlp': mlp} for mlp in values.pop('mlp', TrainConfig.mlp).split(',')}
+        variants = {name or mlp: {'mlp': mlp} for mlp in values.pop('mlp', TrainConfig.mlp).split(',')}
         from_line = {}                                   # mlp is split up, not contradicted
     if not variants:
         raise UserError('runs: expected at least one run, got none')
@@ -154,11 +158,12 @@ def plan_runs(from_file, from_line):
     planned = []
     if not values.get('out_dir', TrainConfig.out_dir):
         raise UserError("out_dir: expected a folder to write to, got ''")
+    for name in variants:
+        if not is_folder_name(name):
+            raise UserError(f'name: expected the name of a folder in out_dir, got {name!r}')
     for seed in seeds:                                   # all variants with one seed, then the next: stopped, they compare
         for name, differs in variants.items():
             config = build(TrainConfig, values | differs | {'seed': check_type(TrainConfig, 'seed', seed, 'seeds, ')})
-            if name in ('', '.', '..') or os.path.basename(name) != name:
-                raise UserError(f'runs: expected names that can be a folder in out_dir, got {name!r}')
             folder = name if len(seeds) == 1 else f'{name}-{seed}'
             planned.append(Run(name, config, os.path.join(config.out_dir, folder)))
     if len({run.folder for run in planned}) < len(planned):
@@ -250,6 +255,16 @@ def random_of(seed, iteration, micro_step):
     return np.random.default_rng((seed, iteration, micro_step))
 
 
+CLASSES = ('letters', 'capitals', 'spaces', 'line ends', 'other')
+
+
+def class_of(character):
+    """The place in CLASSES of a character; digits and punctuation are others."""
+    is_of = (character.isalpha() and not character.isupper(), character.isupper(),
+             character.isspace() and character not in '\r\n', character in '\r\n', True)
+    return is_of.index(True)
+
+
 class Data:
     """The tokens of a data set, and batches of them: inputs and targets (batch_size, block_size), int64."""
 
@@ -257,6 +272,8 @@ class Data:
         folder = os.path.join(config.data_dir, config.dataset)
         self.meta = load_meta(folder)
         self.config, self.device = config, device
+        classes = [class_of(character) for character in self.meta['vocabulary'] or '']
+        self.class_of_token = torch.tensor(classes, dtype=torch.int64, device=device)   # (vocab_size,); empty for gpt2
         self.tokens = {}
         for split in ('train', 'val'):
             path = os.path.join(folder, f'{split}.bin')
@@ -298,21 +315,34 @@ class Data:
             yield self.at(split, batch)
 
 
+def count_classes(classes, choices, n_expert):
+    """How many (token, expert) pairs each expert took of each class: classes (B, S), a Choice per layer -> (L, classes, E)."""
+    counts = []
+    for choice in choices:
+        cell = classes.flatten().unsqueeze(1) * n_expert + choice.experts     # (T, K)
+        zeros = choice.scores.new_zeros(len(CLASSES) * n_expert)
+        counts.append(zeros.scatter_add(0, cell.flatten(), (choice.weights > 0).flatten().type_as(zeros)))
+    return torch.stack(counts).view(len(choices), len(CLASSES), n_expert)
+
+
 @torch.no_grad()
 def evaluate(model, data, autocast, splits=('train', 'val')):
     """Mean cross-entropy (nats per token) on the splits, and on the validation split what the experts did."""
     model.eval()
-    losses, routings = {}, []
+    losses, routings, class_counts = {}, [], []
     for split in splits:
         batch_losses = []
         for idx, targets in data.eval_batches(split):
-            with autocast:
+            with autocast, model.watching_experts() as choices:
                 _, loss, routing = model(idx, targets)
             batch_losses.append(loss)
             if split == 'val':
                 routings.append(routing)
+                if choices and len(data.class_of_token):
+                    class_counts.append(count_classes(data.class_of_token[idx], choices, model.config.n_expert))
         losses[split] = torch.stack(batch_losses).mean().item()
     model.train()
+    counts = sum(class_counts)
     mean = type(routing)(*(torch.stack(field).mean(0) for field in zip(*routings)))
     return {
         **{f'{split}_loss': loss for split, loss in losses.items()},
@@ -322,6 +352,7 @@ def evaluate(model, data, autocast, splits=('train', 'val')):
         'ent_conf': mean.ent_conf.tolist(),                                   # [layer]
         'norm': mean.norm.tolist(),                                           # [layer][expert]
         'experts_per_token': mean.experts_per_token.tolist(),                 # [layer]
+        'class_load': (counts / counts.sum(-1, keepdim=True).clamp(min=1)).tolist() if class_counts else [],   # [layer][class][expert]
     }
 
 
@@ -378,6 +409,8 @@ def check_checkpoint(path, checkpoint, config, data):
             raise UserError(f'{path}: expected the {key} of {config.dataset}, {data.meta[key]!r}, got '
                             f'{checkpoint["meta"][key]!r}; choose the --dataset that it was trained on')
     free = {'dropout', 'aux_weight', 'conf_weight', 'select', 'top_p', 'capacity_factor'}   # these may change on the way
+    if config.mlp != 'dense':                                                 # whose width is top_k * d_ffn
+        free.add('top_k')
     for key, value in dataclasses.asdict(model_config(config)).items():
         trained = checkpoint['config'].get(key)
         if key not in free and trained != value:
@@ -662,7 +695,7 @@ def find_runs(out_dir):
 
 
 def draw_plots(out_dir):
-    """Draw <out_dir>/loss.png and final_loss.png, and where a run has experts, expert_load.png, load_map.png, norm.png."""
+    """Draw <out_dir>/loss.png and final_loss.png, and where a run has experts, those of them."""
     import matplotlib                      # here, since it is slow to import and sample.py imports this file
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
@@ -670,7 +703,7 @@ def draw_plots(out_dir):
     runs = find_runs(out_dir)
     color = {name: COLORS[i % len(COLORS)] for i, name in enumerate(runs)}
     for draw, file in ((draw_loss, 'loss.png'), (draw_final_loss, 'final_loss.png'), (draw_expert_load, 'expert_load.png'),
-                       (draw_load_map, 'load_map.png'), (draw_norm, 'norm.png')):
+                       (draw_expert_class, 'expert_class.png'), (draw_load_map, 'load_map.png'), (draw_norm, 'norm.png')):
         figure = draw(plt, runs, color)
         if figure:
             with replacing(os.path.join(out_dir, file)) as part:
@@ -764,6 +797,27 @@ def draw_load_map(plt, runs, color):
     figure.supylabel('layers from the top down: Ent_load Ent_conf', fontsize=9)
     figure.supxlabel('expert', fontsize=9)
     figure.colorbar(image, ax=panels, label='load')
+    return figure
+
+
+def draw_expert_class(plt, runs, color):
+    """Who takes what: of each class of characters, the share that each expert handled (first seed, last evaluation). A row
+    for each run, a panel for each layer."""
+    last = {name: seeds[0][1][-1]['class_load'] for name, seeds in runs.items() if seeds[0][1][-1].get('class_load')}
+    if not last:
+        return None
+    n_layer = max(map(len, last.values()))
+    figure, panels = plt.subplots(len(last), n_layer, figsize=(1.6 + 2.4 * n_layer, 0.9 + 1.3 * len(last)), squeeze=False,
+                                  layout='constrained')
+    for row, (name, layers) in zip(panels, last.items()):
+        for layer, axes in enumerate(row):
+            axes.set_visible(layer < len(layers))
+            if layer < len(layers):
+                image = axes.imshow(layers[layer], cmap='cividis', vmin=0, vmax=1, aspect='auto')
+                axes.set_title(f'{name}, layer {layer + 1}', fontsize=9)
+                axes.set_yticks(range(len(CLASSES)), CLASSES if layer == 0 else [], fontsize=8)
+    figure.supxlabel('expert', fontsize=9)
+    figure.colorbar(image, ax=panels, label='share of the class')
     return figure
 
 

@@ -10,7 +10,7 @@ import torch
 
 import sample
 from conftest import SMALL, run_script
-from model import GPT, GPTConfig
+from model import GPT, Choice, GPTConfig
 from sample import color_text, experts_page, number_text, watch_experts
 
 
@@ -79,7 +79,7 @@ class Spans(HTMLParser):
 
 
 def test_the_page_tells_every_token_of_every_layer():
-    chosen = sample.Chosen(torch.tensor([[2, 0], [1, 2]]), torch.tensor([[0.75, 0.25], [1.0, 0.0]]), torch.tensor([[3.0, 1.9], [5.0, 1.0]]))
+    chosen = Choice(torch.tensor([[2, 0], [1, 2]]), torch.tensor([[0.75, 0.25], [1.0, 0.0]]), torch.tensor([[3.0, 1.9], [5.0, 1.0]]))
     parser = Spans()
     parser.feed(experts_page('a run', ['<b>', '\n'], [chosen, chosen], 'norm'))
     assert parser.spans == 2 * [["'<b>' expert 2: weight 0.75, norm 3.00, expert 0: weight 0.25, norm 1.90", '<b>'],

@@ -1,5 +1,6 @@
 """train.py and sample.py: the whole way through the command line, and the parts of the loop by hand."""
 
+import contextlib
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from model import GPT
 from train import Data, TrainConfig, learning_rate_at, make_optimizer, plan_runs
 
 VARIANTS = ('aoe', 'moe', 'dense')
-PICTURES = ('expert_load.png', 'final_loss.png', 'load_map.png', 'loss.png')
+PICTURES = ('expert_class.png', 'expert_load.png', 'final_loss.png', 'load_map.png', 'loss.png')
 CONFIGS = sorted(name for name in os.listdir(os.path.join(ROOT, 'config')) if name.endswith('.py'))
 
 
@@ -71,6 +72,54 @@ def test_an_untrained_model_knows_nothing(trained):
     meta = json.loads((trained[0] / 'data/code/meta.json').read_text(encoding='utf-8'))
     for mlp in VARIANTS:
         assert log_of(trained[0] / 'out/three' / mlp)[0]['val_loss'] == pytest.approx(math.log(meta['vocab_size']), abs=0.3)
+
+
+def test_classes_of_characters():
+    assert [train.CLASSES[train.class_of(c)] for c in 'aZé \t\n\r.7中'] == [
+        'letters', 'capitals', 'letters', 'spaces', 'spaces', 'line ends', 'line ends', 'other', 'other', 'letters']
+
+
+@pytest.mark.parametrize('mlp', ('aoe', 'moe'))
+def test_which_expert_takes_which_class_by_a_loop(trained, mlp):
+    model, meta = sample.load_model(str(trained[0] / 'out/three' / mlp), torch.device('cpu'))
+    config = TrainConfig(dataset='code', data_dir=str(trained[0] / 'data'), block_size=16, batch_size=8, eval_iters=2)
+    data = Data(config, torch.device('cpu'))
+    found = train.evaluate(model, data, contextlib.nullcontext())
+    inputs, tokens, counts = [], [], np.zeros((2, len(train.CLASSES), 4))
+    hooks = [block.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for block in model.blocks]
+    with torch.no_grad():
+        for idx, _ in data.eval_batches('val'):
+            model(idx)
+            tokens.append(idx)
+    for i, x in enumerate(inputs):                                             # layer 0, layer 1, layer 0, ...
+        layer = model.blocks[i % 2].mlp
+        for token, vector in zip(tokens[i // 2].flatten().tolist(), x.flatten(0, 1)):
+            if mlp == 'aoe':
+                scores = [(vector @ w).norm().item() for w in layer.w_down.detach().chunk(4, dim=1)]
+            else:
+                scores = (vector @ layer.router.detach()).tolist()
+            for expert in sorted(range(4), key=scores.__getitem__)[-2:]:
+                counts[i % 2, train.class_of(meta['vocabulary'][token]), expert] += 1
+    shares = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
+    assert np.allclose(found['class_load'], shares, atol=0.002)               # two equal scores may differ
+    assert np.allclose(found['load'], counts.sum(1) / counts.sum((1, 2))[0], atol=0.002)
+    assert all(block.mlp.watched is None for block in model.blocks)
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_named_run_joins_the_others_and_k_can_change_on_the_way(trained):
+    workspace = trained[0]
+    common = [*SMALL, '--mlp=moe', '--max_iters=2', '--out_dir=out/named']
+    run_script('train.py', *common, cwd=workspace)
+    printed = run_script('train.py', *common, '--name=few', '--top_k=1', cwd=workspace).stdout
+    assert [line.split()[0] for line in printed.splitlines()[-6:-4]] == ['few', 'moe']
+    assert json.loads((workspace / 'out/named/few/config.json').read_text())['run'] == 'few'
+    losses = [run_script('train.py', *common, '--eval_only=True', f'--top_k={k}', cwd=workspace).stdout.split()[-3] for k in (1, 2, 4)]
+    assert len(set(losses)) == 3
+    narrow = run_script('train.py', *SMALL, '--mlp=dense', '--out_dir=out/three', '--eval_only=True', '--top_k=1', cwd=workspace,
+                        check=False)
+    assert 'with top_k = 1, got 2; give --top_k=2' in narrow.stderr             # dense is as wide as K experts
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(workspace):
