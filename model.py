@@ -354,7 +354,7 @@ class SparseMLP(nn.Module):
         else:
             weight = weight.masked_fill(~active, -1e30).softmax(-1).masked_fill(~active, 0)
         w_gate = self.w_up if self.factorised else self.w_g                   # C_i Wup_i, or x Wg_i
-        h = Experts.apply(x, C_rows, weight, *map(as_autocast, (w_gate, self.w_p, self.w_o)), *groups)
+        h = Experts.apply(x, C_rows, weight, *map(as_autocast, (w_gate, self.w_p, self.w_o)), *groups)   # Eq. 1
         if self.watched is not None:
             self.watched.append(Choice(chosen, weight.detach(), p.detach().gather(1, chosen)))
         return h.view(shape), self.routing(p, load)

@@ -106,6 +106,7 @@ class GPT2Tokenizer:
             encoding = tiktoken.get_encoding('gpt2')
         except Exception:                     # its server can't be reached; requests and tiktoken raise many kinds
             encoding = gpt2_from_package(data_dir)
+        self.encode_batch = encoding.encode_ordinary_batch
         self.encode, self.vocab_size, self.vocabulary = encoding.encode_ordinary, encoding.n_vocab, None
         self.decode = lambda tokens: encoding.decode(list(tokens))
         # without Python's lock and without a Python list: several threads tokenize at once
@@ -354,38 +355,49 @@ def in_parallel(function, items, threads):
             yield item, result.result()
 
 
+class Text(NamedTuple):
+    """What is to be prepared."""
+    source: str                        # where it comes from, for meta.json
+    read: Callable                     # () -> all (piece, begins) of it, as read_pieces gives them
+    is_there: Callable                 # meta of a folder -> whether that is the same text
+
+
+def text_of(corpora, config):
+    """The Text of one corpus by name, or of texts by their paths."""
+    first, some = corpora[0], f', at most {config.max_docs:,} documents' if config.max_docs else ''
+    if first in CORPORA:
+        known = CORPORA[first]
+        return Text(config.input or known.source,
+                    lambda: ((piece, False) for piece in pieces(io.StringIO(load_corpus(first, config.input)))),
+                    lambda meta: meta['sha256'] == known.sha256)
+    if first == 'openwebtext':                                                # too long to be read only to compare
+        return Text(config.hub + some, lambda: read_pieces(corpora, config), lambda meta: meta['source'] == config.hub + some)
+    return Text(', '.join(corpora) + some, lambda: read_pieces(corpora, config),
+                lambda meta: meta['sha256'] == sha256_of_pieces(read_pieces(corpora, config), SEPARATORS[config.tokenizer]))
+
+
+def sha256_of_pieces(read, separator):
+    """Of the joined text of (piece, begins) in read."""
+    found = hashlib.sha256()
+    for piece, begins in read:
+        found.update((separator * begins + piece).encode('utf-8'))
+    return found.hexdigest()
+
+
 def prepare(corpora, config):
     """Write data/<name> for one corpus by name, or for texts by their paths. All of it, or nothing."""
     first = corpora[0]
-    by_name = first in CORPORA or first == 'openwebtext'
     stem = os.path.splitext(os.path.basename(first.rstrip('/')))[0]
-    if len(corpora) > 1 and by_name or not config.name and (len(corpora) > 1 or stem in ('', '.', '..')):
+    one = len(corpora) == 1
+    if not one and (first in CORPORA or first == 'openwebtext') or not config.name and not (one and is_folder_name(stem)):
         raise UserError(f'expected one corpus, or files and a --name=, got {len(corpora)}: {" ".join(corpora)}')
     folder = os.path.join(config.data_dir, config.name or stem + '_gpt2' * (config.tokenizer == 'gpt2'))
-    source = {'openwebtext': config.hub}.get(first) or (CORPORA[first].source if first in CORPORA and not config.input else
-                                                        config.input or ', '.join(corpora))
-    if config.max_docs:
-        source += f', at most {config.max_docs:,} documents'
-
-    def read():
-        if first in CORPORA:
-            return ((piece, False) for piece in pieces(io.StringIO(load_corpus(first, config.input))))
-        return read_pieces(corpora, config)
-
-    separator = SEPARATORS[config.tokenizer]
+    text = text_of(corpora, config)
     if os.path.isdir(folder) and not os.listdir(folder):
         os.rmdir(folder)
     if os.path.exists(folder):
         meta = load_meta(folder)
-        if first == 'openwebtext':
-            same_text = meta['source'] == source
-        elif first in CORPORA and not config.input:
-            same_text = meta['sha256'] == CORPORA[first].sha256
-        else:
-            digest = hashlib.sha256()
-            for piece, begins in read():
-                digest.update((separator * begins + piece).encode('utf-8'))
-            same_text = meta['sha256'] == digest.hexdigest()
+        same_text = text.is_there(meta)
         if not same_text or meta['tokenizer'] != config.tokenizer:
             raise UserError(f'{folder}: expected {" ".join(corpora)} as {config.tokenizer}, got {meta["source"]} as '
                             f'{meta["tokenizer"]} there{"" if same_text else ", another text"}; '
@@ -395,12 +407,12 @@ def prepare(corpora, config):
         return
 
     # Everything goes to a hidden folder first; the last step gives it its name.
-    text, partial = read(), None
+    partial = None
     try:
         os.makedirs(config.data_dir, exist_ok=True)
         partial = tempfile.mkdtemp(prefix='.' + os.path.basename(folder) + '-', dir=config.data_dir)
-        meta = {'source': source, 'tokenizer': config.tokenizer}
-        meta |= write_tokens(partial, text, config)
+        meta = {'source': text.source, 'tokenizer': config.tokenizer}
+        meta |= write_tokens(partial, text.read(), config)
         with open(os.path.join(partial, 'meta.json'), 'w', encoding='utf-8') as file:
             json.dump(meta, file, indent=1)
         os.chmod(partial, 0o755)              # mkdtemp makes it private

@@ -76,6 +76,7 @@ def load_model(folder, device):
 # Okabe and Ito's palette, whose colours all readers can tell apart, with the colour of letters on them
 PALETTE = ['#E69F00', '#56B4E9', '#009E73', '#F0E442', '#0072B2', '#D55E00', '#CC79A7', '#000000']
 LETTERS = ['black', 'black', 'black', 'black', 'white', 'white', 'black', 'white']
+LINE_END = '\u21b5'                       # an arrow: the line's end is a token, too
 
 
 @torch.no_grad()
@@ -101,7 +102,7 @@ def color_text(texts, experts):
         red, green, blue = (int(PALETTE[expert % 8][i:i + 2], 16) for i in (1, 3, 5))
         return f'\033[48;2;{red};{green};{blue};{30 if LETTERS[expert % 8] == "black" else 97}m{text}\033[0m'
     legend = ' '.join(paint(f' {expert} ', expert) for expert in sorted(set(experts)))
-    body = ''.join('\n'.join(paint(part, expert) if part else '' for part in text.split('\n'))
+    body = ''.join('\n'.join(paint(part, expert) if part else '' for part in text.replace('\n', f'{LINE_END}\n').split('\n'))
                    for text, expert in zip(texts, experts))
     return f'experts {legend}\n{body}'
 
@@ -110,12 +111,12 @@ def number_text(texts, experts, width=80):
     """The texts of tokens in lines of at most width, each with the numbers of the experts under it."""
     lines, upper, lower = [], '', ''
     for text, expert in zip(texts, experts):
-        text = text.replace('\n', '\u21b5')                                   # a sign for the line's end
+        text = text.replace('\n', LINE_END)
         column = max(len(text), len(str(expert)))
         if len(upper) + column > width:
             lines, upper, lower = [*lines, upper, lower], '', ''
         upper, lower = upper + text.ljust(column), lower + str(expert).ljust(column)
-        if text.endswith('\u21b5'):
+        if text.endswith(LINE_END):
             lines, upper, lower = [*lines, upper, lower], '', ''
     return '\n'.join([*lines, upper, lower]).rstrip('\n')
 
@@ -132,7 +133,7 @@ def experts_page(name, texts, layers, score):
         parts.append(f'<h2>layer {number}</h2><p>{legend}<pre>')
         for text, *columns in zip(texts, *(field.tolist() for field in choice)):
             told = ', '.join(f'expert {e}: weight {w:.2f}, {score} {s:.2f}' for e, w, s in zip(*columns) if w > 0)
-            shown = html.escape(text).replace('\n', '\u21b5\n')
+            shown = html.escape(text).replace('\n', f'{LINE_END}\n')
             parts.append(f'<span class="e{columns[0][0] % 8}" title="{html.escape(repr(text))} {told}">{shown}</span>')
         parts.append('</pre>')
     return ''.join(parts) + '</html>\n'

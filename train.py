@@ -158,12 +158,11 @@ def plan_runs(from_file, from_line):
     planned = []
     if not values.get('out_dir', TrainConfig.out_dir):
         raise UserError("out_dir: expected a folder to write to, got ''")
-    for name in variants:
-        if not is_folder_name(name):
-            raise UserError(f'name: expected the name of a folder in out_dir, got {name!r}')
     for seed in seeds:                                   # all variants with one seed, then the next: stopped, they compare
         for name, differs in variants.items():
             config = build(TrainConfig, values | differs | {'seed': check_type(TrainConfig, 'seed', seed, 'seeds, ')})
+            if not is_folder_name(name):
+                raise UserError(f'name: expected the name of a folder in out_dir, got {name!r}')
             folder = name if len(seeds) == 1 else f'{name}-{seed}'
             planned.append(Run(name, config, os.path.join(config.out_dir, folder)))
     if len({run.folder for run in planned}) < len(planned):
@@ -316,13 +315,14 @@ class Data:
 
 
 def count_classes(classes, choices, n_expert):
-    """How many (token, expert) pairs each expert took of each class: classes (B, S), a Choice per layer -> (L, classes, E)."""
-    counts = []
+    """From classes (B, S) and a Choice per layer: how many tokens of each class each expert handled (L, classes, E), and
+    how many there are (classes, 1)."""
+    C = len(CLASSES)
+    handled = []
     for choice in choices:
         cell = classes.flatten().unsqueeze(1) * n_expert + choice.experts     # (T, K)
-        zeros = choice.scores.new_zeros(len(CLASSES) * n_expert)
-        counts.append(zeros.scatter_add(0, cell.flatten(), (choice.weights > 0).flatten().type_as(zeros)))
-    return torch.stack(counts).view(len(choices), len(CLASSES), n_expert)
+        handled.append(torch.bincount(cell[choice.weights > 0], minlength=C * n_expert).view(C, n_expert))
+    return torch.stack(handled), torch.bincount(classes.flatten(), minlength=C).unsqueeze(1)
 
 
 @torch.no_grad()
@@ -342,7 +342,7 @@ def evaluate(model, data, autocast, splits=('train', 'val')):
                     class_counts.append(count_classes(data.class_of_token[idx], choices, model.config.n_expert))
         losses[split] = torch.stack(batch_losses).mean().item()
     model.train()
-    counts = sum(class_counts)
+    handled, there = map(sum, zip(*class_counts)) if class_counts else (torch.zeros(0), 1)
     mean = type(routing)(*(torch.stack(field).mean(0) for field in zip(*routings)))
     return {
         **{f'{split}_loss': loss for split, loss in losses.items()},
@@ -352,7 +352,7 @@ def evaluate(model, data, autocast, splits=('train', 'val')):
         'ent_conf': mean.ent_conf.tolist(),                                   # [layer]
         'norm': mean.norm.tolist(),                                           # [layer][expert]
         'experts_per_token': mean.experts_per_token.tolist(),                 # [layer]
-        'class_load': (counts / counts.sum(-1, keepdim=True).clamp(min=1)).tolist() if class_counts else [],   # [layer][class][expert]
+        'class_load': (handled / there).nan_to_num().tolist(),                # [layer][class][expert]
     }
 
 
@@ -801,8 +801,8 @@ def draw_load_map(plt, runs, color):
 
 
 def draw_expert_class(plt, runs, color):
-    """Who takes what: of each class of characters, the share that each expert handled (first seed, last evaluation). A row
-    for each run, a panel for each layer."""
+    """Who takes what: the share of the tokens of a class that each expert handled (first seed, last evaluation), K of them
+    each. A row for each run, a panel for each layer."""
     last = {name: seeds[0][1][-1]['class_load'] for name, seeds in runs.items() if seeds[0][1][-1].get('class_load')}
     if not last:
         return None
@@ -817,7 +817,7 @@ def draw_expert_class(plt, runs, color):
                 axes.set_title(f'{name}, layer {layer + 1}', fontsize=9)
                 axes.set_yticks(range(len(CLASSES)), CLASSES if layer == 0 else [], fontsize=8)
     figure.supxlabel('expert', fontsize=9)
-    figure.colorbar(image, ax=panels, label='share of the class')
+    figure.colorbar(image, ax=panels, label='share of the tokens')
     return figure
 
 
@@ -896,7 +896,7 @@ def check_folders(runs):
     for run in runs if config.init_from == 'scratch' else []:
         if os.path.exists(run.path('ckpt.pt')) or len(read_log(run.path('log.jsonl'))) > 1:
             raise UserError(f'{run.folder}: expected a new folder, got one that holds a run; --init_from=resume goes '
-                            'on with it, another --out_dir= keeps it, or remove it')
+                            'on with it, another --name= or --out_dir= keeps it, or remove it')
 
 
 def main(arguments):

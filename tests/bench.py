@@ -9,7 +9,8 @@ Times are medians; a ratio is the median of the ratios of each round, so that
 what slows the machine for a while slows both sides of it. Parts: layer (an MLP
 alone, forward and backward), step (a training step of the model), memory
 (bytes kept for backward), cost (speed and memory of aoe over d_low), generate
-(text, one token at a time).
+(text, one token at a time). Only when asked for: tokenize (prepare_data.py's gpt2
+beside tiktoken's own encode_ordinary_batch).
 """
 
 import contextlib
@@ -31,10 +32,10 @@ sys.path.insert(0, ROOT)
 import configurator
 from configurator import UserError, build, parse
 from model import GPT, MLPS, GPTConfig
-from prepare_data import PrepareConfig, prepare
+from prepare_data import CHUNK, GPT2Tokenizer, PrepareConfig, in_parallel, prepare
 from train import Training, choose_device, keep_freed_memory, plan_runs, print_rows
 
-PARTS = ('layer', 'step', 'memory', 'cost', 'generate')
+PARTS = ('layer', 'step', 'memory', 'cost', 'generate', 'tokenize')
 LAYERS = {          # the MLP alone: its configuration, and the tokens that pass it at once
     'small': (dict(n_embd=128, d_ffn=256), 1024),
     'medium': (dict(n_embd=384, d_ffn=1024, d_low=128), 8192),
@@ -221,8 +222,8 @@ def bench_step(bench, device):
     return results
 
 
-def bytes_kept(layer, x):
-    """Bytes that the layer keeps for backward, each storage once; parameters and the layer's input left out."""
+def bytes_kept(layer, x, *more):
+    """Bytes that layer(x, *more) keeps for backward, each storage once; parameters and x left out."""
     left_out = {p.untyped_storage().data_ptr() for p in layer.parameters()} | {x.untyped_storage().data_ptr()}
     kept = {}
 
@@ -232,7 +233,7 @@ def bytes_kept(layer, x):
             kept[storage.data_ptr()] = storage                             # held, so that no address is used twice
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        h = layer(x)
+        h = layer(x, *more)
     del h
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -250,7 +251,32 @@ def bench_memory(bench, device):
             results.append({'part': 'memory', 'shape': label, 'side': mlp, 'kib_per_token': kib})
             cells.append(f'{kib:.1f}')
         rows.append((label, *cells))
-    print(f'\nkept for backward, {bench.dtype}')
+    print(f'\nkept for backward by the MLP, {bench.dtype}')
+    print_rows(rows, indent='  ')
+    return results + bench_model_memory(bench, device)
+
+
+def bench_model_memory(bench, device):
+    """What the whole model keeps for backward per token, at the last of the shapes: for each layer, and besides layers."""
+    def kib_per_token(mlp, n_layer):
+        config = GPTConfig(mlp=mlp, aux_weight=bench.aux_weight, vocab_size=50_304, block_size=1024, n_layer=n_layer, **shape)
+        model = GPT(config).to(device)
+        tokens = torch.randint(config.vocab_size, (1, 1024), generator=torch.Generator().manual_seed(bench.seed)).to(device)
+        dtype = getattr(torch, bench.dtype)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            half, whole = (bytes_kept(model, idx, idx) for idx in (tokens[:, :512], tokens))
+        return (whole - half) / 512 / 1024                                    # without copies of weights, the same for both
+
+    label = bench.shapes.split(',')[-1]
+    shape, _ = LAYERS[label]
+    results, rows = [], [('KiB per token', 'each layer', 'embedding, head, loss', '12 layers, of moe')]
+    for mlp in ('moe', 'aoe', 'dense'):
+        one, two = (kib_per_token(mlp, n_layer) for n_layer in (1, 2))
+        row = {'part': 'model memory', 'side': mlp, 'kib_per_layer': two - one, 'kib_besides': 2 * one - two}
+        row['of_moe'] = (one + 11 * (two - one)) / (results[0]['kib_besides'] + 12 * results[0]['kib_per_layer']) if results else 1
+        results.append(row)
+        rows.append((mlp, f'{row["kib_per_layer"]:.1f}', f'{row["kib_besides"]:.1f}', f'{row["of_moe"]:.2f}'))
+    print(f'\nkept for backward by the model, {label}, vocabulary 50,304, {bench.dtype}')
     print_rows(rows, indent='  ')
     return results
 
@@ -299,6 +325,26 @@ def bench_generate(bench, device):
     return results
 
 
+def bench_tokenize(bench, device):
+    """Tokens per second of gpt2's byte pairs on all cores: 16 pieces of a megabyte of this repository's code."""
+    text = ''.join(open(os.path.join(ROOT, name), encoding='utf-8').read() for name in ('README.md', 'model.py', 'train.py'))
+    texts = [(text * (CHUNK // len(text) + 1))[:CHUNK]] * 16
+    tokenizer, threads = GPT2Tokenizer(), os.cpu_count()
+    tokens = 16 * len(tokenizer.encode(texts[0]))
+    seconds = alternate({
+        'encode_ordinary_batch': lambda turn: tokenizer.encode_batch(texts, num_threads=threads),
+        'prepare_data.py': lambda turn: list(in_parallel(tokenizer.encode_piece, texts, threads))}, bench)
+    print(f'\ntokenizing with gpt2, {threads} threads')
+    rows, results = [('', 'tokens/s', 'of tiktoken')], []
+    for name, times in seconds.items():
+        row = {'part': 'tokenize', 'side': name, 'tokens_per_second': tokens / statistics.median(times),
+               'of_tiktoken': ratio(times, seconds['encode_ordinary_batch'])}
+        results.append(row)
+        rows.append((name, f'{row["tokens_per_second"]:,.0f}', f'{row["of_tiktoken"]:.2f}'))
+    print_rows(rows, indent='  ')
+    return results
+
+
 def main(arguments):
     values, rest = parse(BenchConfig, arguments, __doc__)
     if rest:
@@ -312,7 +358,7 @@ def main(arguments):
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads'
     print(f'torch {torch.__version__}, {device} ({name}), {bench.dtype}, {bench.rounds} rounds')
     parts = {'layer': bench_layer, 'step': bench_step, 'memory': bench_memory, 'cost': bench_cost,
-             'generate': bench_generate}
+             'generate': bench_generate, 'tokenize': bench_tokenize}
     results = [row for part in bench.only.split(',') for row in parts[part](bench, device)]
     if bench.json:
         with open(bench.json, 'w', encoding='utf-8') as file:

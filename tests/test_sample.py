@@ -54,7 +54,7 @@ def test_numbers_under_tokens_by_hand():
 
 def test_colours_of_tokens():
     text = color_text(['ab', '\n', 'c'], [0, 1, 9])
-    assert re.sub('\033\\[[0-9;]*m', '', text) == 'experts  0   1   9 \nab\nc'
+    assert re.sub('\033\\[[0-9;]*m', '', text) == 'experts  0   1   9 \nab\u21b5\nc'
     assert '\033[48;2;230;159;0;30mab\033[0m' in text and '\033[48;2;86;180;233;30mc\033[0m' in text   # 9 is 1 again
 
 
