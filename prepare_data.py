@@ -387,9 +387,9 @@ def sha256_of_pieces(read, separator):
 def prepare(corpora, config):
     """Write data/<name> for one corpus by name, or for texts by their paths. All of it, or nothing."""
     first = corpora[0]
-    stem = os.path.splitext(os.path.basename(first.rstrip('/')))[0]
-    one = len(corpora) == 1
-    if not one and (first in CORPORA or first == 'openwebtext') or not config.name and not (one and is_folder_name(stem)):
+    stem, several = os.path.splitext(os.path.basename(first.rstrip('/')))[0], len(corpora) > 1
+    by_name = first in CORPORA or first == 'openwebtext'
+    if several and by_name or not config.name and (several or not is_folder_name(stem)):
         raise UserError(f'expected one corpus, or files and a --name=, got {len(corpora)}: {" ".join(corpora)}')
     folder = os.path.join(config.data_dir, config.name or stem + '_gpt2' * (config.tokenizer == 'gpt2'))
     text = text_of(corpora, config)
@@ -407,12 +407,12 @@ def prepare(corpora, config):
         return
 
     # Everything goes to a hidden folder first; the last step gives it its name.
-    partial = None
+    read, partial = text.read(), None         # a corpus is fetched here, before anything is made
     try:
         os.makedirs(config.data_dir, exist_ok=True)
         partial = tempfile.mkdtemp(prefix='.' + os.path.basename(folder) + '-', dir=config.data_dir)
         meta = {'source': text.source, 'tokenizer': config.tokenizer}
-        meta |= write_tokens(partial, text.read(), config)
+        meta |= write_tokens(partial, read, config)
         with open(os.path.join(partial, 'meta.json'), 'w', encoding='utf-8') as file:
             json.dump(meta, file, indent=1)
         os.chmod(partial, 0o755)              # mkdtemp makes it private

@@ -707,8 +707,8 @@ def draw_plots(out_dir):
         figure = draw(plt, runs, color)
         if figure:
             with replacing(os.path.join(out_dir, file)) as part:
-                figure.savefig(part, format='png', dpi=min(100, 900 / max(figure.get_size_inches())))
-                Image.open(part).convert('RGB').quantize(64).save(part, format='png', optimize=True)   # a third of the bytes
+                figure.savefig(part, format='png', dpi=min(100, 2400 / max(figure.get_size_inches())))
+                Image.open(part).convert('RGB').quantize().save(part, format='png', optimize=True)   # half of the bytes
             plt.close(figure)
 
 

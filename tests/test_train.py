@@ -66,6 +66,11 @@ def test_three_variants_leave_logs_checkpoints_pictures_and_a_table(trained):
         picture = matplotlib.image.imread(out / name)
         assert picture.shape[1] >= 600 and picture[..., :3].std() > 0.05
         assert os.path.getsize(out / name) < 100_000
+        if name in ('loss.png', 'final_loss.png'):                             # every run's own colour is there
+            pixels = np.unique((255 * picture[..., :3]).round().reshape(-1, 3), axis=0)
+            for color in train.COLORS[:3]:
+                rgb = [int(color[i:i + 2], 16) for i in (1, 3, 5)]
+                assert np.abs(pixels - rgb).max(1).min() < 10
 
 
 def test_an_untrained_model_knows_nothing(trained):
