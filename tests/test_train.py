@@ -70,7 +70,7 @@ def test_three_variants_leave_logs_checkpoints_pictures_and_a_table(trained):
             pixels = np.unique((255 * picture[..., :3]).round().reshape(-1, 3), axis=0)
             for color in train.COLORS[:3]:
                 rgb = [int(color[i:i + 2], 16) for i in (1, 3, 5)]
-                assert np.abs(pixels - rgb).max(1).min() < 10
+                assert np.abs(pixels - rgb).max(1).min() < 20
 
 
 def test_an_untrained_model_knows_nothing(trained):
