@@ -9,8 +9,8 @@ how the variants compare.
     torchrun --nproc_per_node=8 train.py config/openwebtext.py   # eight GPUs
 
 Each run writes <out_dir>/<run>/config.json, log.jsonl (a line per evaluation),
-ckpt.pt (to resume from) and best.pt (the lowest validation loss). After each
-evaluation the pictures in <out_dir> are drawn anew from all runs that are found
+ckpt.pt (to resume from) and best.pt (the lowest validation loss). As it goes,
+and at the end, the pictures in <out_dir> are drawn anew from all runs found
 there: loss, final_loss, expert_load, expert_class, load_map and norm. The table
 at the end is also written there, to table.md, and what it stands on to results.jsonl.
 """
@@ -192,6 +192,16 @@ def any_process(flag):
     flags = [None] * WORLD_SIZE
     dist.all_gather_object(flags, flag)
     return any(flags)
+
+
+def leave_together(status):
+    """End the processes of torchrun, none while another still needs it. At once: threads of gloo may still ask for Python
+    when it shuts down, and then abort the process (one time in ten)."""
+    any_process(False)
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def choose_dtype(name, device):
@@ -600,8 +610,9 @@ def evaluate_only(run):
     report({'iter': training.iteration} | evaluate(training.model, training.data, training.autocast))
 
 
-def train(run, stop):
-    """Train one Run, from scratch or from its checkpoint, until max_iters or until `stop` is set."""
+def train(run, stop, draw):
+    """Train one Run, from scratch or from its checkpoint, until max_iters or until `stop` is set. draw(out_dir) is called
+    after each evaluation."""
     training = Training(run)                                                  # first, since it refuses what cannot be
     with claim(run) as claimed:
         if claimed:
@@ -610,12 +621,12 @@ def train(run, stop):
                     os.remove(run.path(file))
             if run.config.init_from != 'scratch' and os.path.exists(run.path('ckpt.pt')):
                 training.load()
-            loop(run, training, stop)
+            loop(run, training, stop, draw)
         else:
             print(f'\n{run.folder}: another process is training it')
 
 
-def loop(run, training, stop):
+def loop(run, training, stop, draw):
     """The training loop, from where the Training is."""
     config, facts = run.config, training.describe()
     write_text(run.path('config.json'), json.dumps(facts | dataclasses.asdict(config), indent=1))
@@ -634,7 +645,7 @@ def loop(run, training, stop):
                 if RANK == 0:
                     if not stopped and not (training.log and training.log[-1]['iter'] == training.iteration):
                         training.evaluate()
-                        draw_plots(config.out_dir)
+                        draw(config.out_dir)
                     training.save()
                 started = time.perf_counter()
             if stopped:
@@ -710,6 +721,20 @@ def draw_plots(out_dir):
                 figure.savefig(part, format='png', dpi=min(100, 2400 / max(figure.get_size_inches())))
                 Image.open(part).convert('RGB').quantize().save(part, format='png', optimize=True)   # half of the bytes
             plt.close(figure)
+
+
+def sparingly(draw):
+    """draw, as a function that skips its turn where it would take more than a tenth of the time: many runs are slow to draw."""
+    next_turn = 0.0
+
+    def draw_in_turn(out_dir):
+        nonlocal next_turn
+        started = time.perf_counter()
+        if started >= next_turn:
+            draw(out_dir)
+            now = time.perf_counter()
+            next_turn = now + 10 * (now - started)
+    return draw_in_turn
 
 
 def draw_loss(plt, runs, color):
@@ -924,21 +949,23 @@ def main(arguments):
         torch.set_num_threads(runs[0].config.threads)
     if runs[0].config.choose_by != 'router':
         return pilot(runs)
+    draw = sparingly(draw_plots)
     for run in runs:
         if run.config.eval_only:
             evaluate_only(run)
             continue
-        train(run, stop)
+        train(run, stop, draw)
         if stop.is_set():
             again = [argument for argument in arguments if not argument.startswith('--init_from=')]
             print(f'\nstopped and saved; to go on: python train.py {shlex.join(again)} --init_from=resume')
+            if WORLD_SIZE > 1:
+                leave_together(130)
             sys.exit(130)
     if RANK == 0 and not runs[0].config.eval_only:
         draw_plots(runs[0].config.out_dir)
         print_table(runs[0].config.out_dir)
     if WORLD_SIZE > 1:
-        any_process(False)                                                    # nobody leaves while another still needs it
-        dist.destroy_process_group()
+        leave_together(0)
 
 
 if __name__ == '__main__':

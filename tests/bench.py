@@ -312,7 +312,7 @@ def bench_generate(bench, device):
         torch.manual_seed(bench.seed)
         models[mlp] = GPT(GPTConfig(mlp=mlp, **shape)).to(device)
     idx = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    few = BenchConfig(rounds=3, warmup=1)
+    few = BenchConfig(rounds=min(3, bench.rounds), warmup=1)
     seconds = alternate({mlp: lambda turn, model=model: model.generate(idx, 256, seed=0) for mlp, model in models.items()},
                         few)
     print('\ngeneration, 6 layers, D 384, batch 1, 256 tokens, float32')
