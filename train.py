@@ -719,7 +719,8 @@ def draw_plots(out_dir):
         if figure:
             with replacing(os.path.join(out_dir, file)) as part:
                 figure.savefig(part, format='png', dpi=min(100, 2400 / max(figure.get_size_inches())))
-                Image.open(part).convert('RGB').quantize().save(part, format='png', optimize=True)   # half of the bytes
+                palette = Image.Quantize.MAXCOVERAGE                           # a third of the bytes, and thin lines keep their colour
+                Image.open(part).convert('RGB').quantize(method=palette).save(part, format='png', optimize=True)
             plt.close(figure)
 
 
