@@ -357,23 +357,22 @@ def in_parallel(function, items, threads):
 
 class Text(NamedTuple):
     """What is to be prepared."""
-    source: str                        # where it comes from, for meta.json
-    read: Callable                     # () -> all (piece, begins) of it, as read_pieces gives them
-    is_there: Callable                 # meta of a folder -> whether that is the same text
+    source: str              # where it comes from, for meta.json
+    read: Callable           # () -> all (piece, begins) of it, as read_pieces gives them
+    sha256: str | None       # of all of it, where that is known before it is read
 
 
 def text_of(corpora, config):
     """The Text of one corpus by name, or of texts by their paths."""
-    first, some = corpora[0], f', at most {config.max_docs:,} documents' if config.max_docs else ''
+    first = corpora[0]
     if first in CORPORA:
         known = CORPORA[first]
         return Text(config.input or known.source,
                     lambda: ((piece, False) for piece in pieces(io.StringIO(load_corpus(first, config.input)))),
-                    lambda meta: meta['sha256'] == known.sha256)
-    if first == 'openwebtext':                                                # too long to be read only to compare
-        return Text(config.hub + some, lambda: read_pieces(corpora, config), lambda meta: meta['source'] == config.hub + some)
-    return Text(', '.join(corpora) + some, lambda: read_pieces(corpora, config),
-                lambda meta: meta['sha256'] == sha256_of_pieces(read_pieces(corpora, config), SEPARATORS[config.tokenizer]))
+                    None if config.input else known.sha256)
+    source = config.hub if first == 'openwebtext' else ', '.join(corpora)
+    some = f', at most {config.max_docs:,} documents' if config.max_docs else ''
+    return Text(source + some, lambda: read_pieces(corpora, config), None)
 
 
 def sha256_of_pieces(read, separator):
@@ -397,7 +396,10 @@ def prepare(corpora, config):
         os.rmdir(folder)
     if os.path.exists(folder):
         meta = load_meta(folder)
-        same_text = text.is_there(meta)
+        if first == 'openwebtext':            # too long to be read only to compare
+            same_text = meta['source'] == text.source
+        else:
+            same_text = meta['sha256'] == (text.sha256 or sha256_of_pieces(text.read(), SEPARATORS[config.tokenizer]))
         if not same_text or meta['tokenizer'] != config.tokenizer:
             raise UserError(f'{folder}: expected {" ".join(corpora)} as {config.tokenizer}, got {meta["source"]} as '
                             f'{meta["tokenizer"]} there{"" if same_text else ", another text"}; '

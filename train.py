@@ -719,8 +719,9 @@ def draw_plots(out_dir):
         if figure:
             with replacing(os.path.join(out_dir, file)) as part:
                 figure.savefig(part, format='png', dpi=min(100, 2400 / max(figure.get_size_inches())))
-                palette = Image.Quantize.MAXCOVERAGE                           # a third of the bytes, and thin lines keep their colour
-                Image.open(part).convert('RGB').quantize(method=palette).save(part, format='png', optimize=True)
+                picture = Image.open(part).convert('RGB')
+                # 256 colours: a third of the bytes. This method lets thin lines keep theirs.
+                picture.quantize(method=Image.Quantize.MAXCOVERAGE).save(part, format='png', optimize=True)
             plt.close(figure)
 
 

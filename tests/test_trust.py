@@ -143,10 +143,7 @@ def test_two_processes_train_like_one(workspace, mlp):
     """The same batches, dropout among them, and the mean of the gradients: equal but for the order of additions."""
     command = [*SMALL, f'--mlp={mlp}', '--aux_weight=0.01', '--dropout=0.1', '--gradient_accumulation_steps=4', '--dtype=float32']
     run_script('train.py', *command, f'--out_dir=out/one-{mlp}', cwd=workspace)
-    process = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-                              os.path.join(ROOT, 'train.py'), *command, f'--out_dir=out/two-{mlp}'],
-                             cwd=workspace, capture_output=True, text=True, timeout=170, env=os.environ | {'OMP_NUM_THREADS': '1'})
-    assert process.returncode == 0, process.stderr
+    process = run_script('train.py', *command, f'--out_dir=out/two-{mlp}', cwd=workspace, processes=2)
     one, two = (read_log(workspace / f'out/{name}-{mlp}/{mlp}/log.jsonl') for name in ('one', 'two'))
     assert [entry['tokens'] for entry in two] == [entry['tokens'] for entry in one] == [0, 5120, 10240]
     for a, b in zip(one, two):
