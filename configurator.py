@@ -1,16 +1,19 @@
 """
-From a dataclass of defaults, a config file and --key=value arguments to one typed configuration.
+What the scripts share: from a dataclass of defaults, a config file and --key=value
+arguments to one typed configuration; errors in one line; files that are whole.
 
     python train.py config/shakespeare.py --max_iters=500 --learning_rate=1e-3
 
-The dataclass says which keys exist, of which type, with which default; the comment behind a field is its help.
-Later wins: default, config file, command line. A config file is a list of assignments, read and never executed:
+The dataclass says which keys exist, of which type, with which default; the comment
+behind a field is its help. Later wins: default, config file, command line. A config
+file is a list of assignments, read and never executed:
 
     n_embd = 64 * 4          # literals, and arithmetic on them and on names assigned above
     lr_decay_iters = max_iters
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -27,27 +30,34 @@ ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Its text is one line: what was expected, what came, what to do."""
+    """A mistake that the user can mend, in one line: what was expected, what came, what to do."""
 
 
 def run(main):
-    """Call main(arguments of the command line); a UserError ends the program with its line and exit status 2,
-    Ctrl-C with 130."""
+    """Call main(arguments of the command line). A UserError ends the program with its line and exit
+    status 2, Ctrl-C with 130; a reader of its output that is gone, as of `| head`, ends it too."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='replace')             # a terminal may lack a character
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # for the flush at the end
+        sys.exit(141)
 
 
 def parse(cls, arguments, usage):
     """Read command-line arguments against the dataclass cls.
 
-    Returns (values, rest): the values given as --key=value, by key, each of its field's type; and the other arguments.
-    --help prints usage and keys, and exits. Raises UserError for an unknown key or a wrong type.
+    Returns (values, rest): the values given as --key=value, by key, each of its field's type;
+    and the other arguments. --help prints usage and keys, and exits. Raises UserError for an
+    unknown key or a wrong type.
     """
     if '-h' in arguments or '--help' in arguments:
         print_help(cls, usage)
@@ -70,6 +80,15 @@ def build(cls, values):
         return cls(**values)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def expect(config, keys, expected, fits):
+    """Raise ValueError for the first of keys, names in one text, whose value is there and does
+    not fit: fits(value) says so, and `expected` what would."""
+    for key in keys.split():
+        value = getattr(config, key)
+        if value is not None and not fits(value):
+            raise ValueError(f'{key}: expected {expected}, got {value!r}')
 
 
 def is_folder_name(name):
@@ -96,7 +115,7 @@ def from_text(cls, key, text):
     """The value that the text behind --key= stands for."""
     expected = type_of(cls, key)
     options = typing.get_args(expected) or (expected,)
-    if str in options:                                   # any text is a string, also one that looks like a number
+    if str in options:                                   # any text is a string, '3' as well
         return None if text == 'None' and types.NoneType in options else text
     try:
         value = ast.literal_eval(text)
@@ -106,11 +125,13 @@ def from_text(cls, key, text):
 
 
 def check_type(cls, key, value, where='--'):
-    """value as the type of key's field: an int will do for a float, one int for a tuple. Raises UserError."""
+    """value as the type of key's field: an int will do for a float, one int for a tuple."""
     expected = type_of(cls, key, where)
     is_literal = typing.get_origin(expected) is typing.Literal
     for option in typing.get_args(expected) or (expected,):
-        if type(value) is option or is_literal and value == option and type(value) is type(option):
+        if type(value) is option:
+            return value
+        if is_literal and value == option and type(value) is type(option):
             return value
         if option is float and type(value) is int:
             return float(value)
@@ -122,19 +143,20 @@ def check_type(cls, key, value, where='--'):
 def type_name(annotation):
     """An annotation as a reader would say it: 'int or None'."""
     options = typing.get_args(annotation) or (annotation,)
-    return ' or '.join('None' if option is types.NoneType else getattr(option, '__name__', repr(option).strip("'"))
+    names = {types.NoneType: 'None'}
+    return ' or '.join(names.get(option, getattr(option, '__name__', str(option)))
                        for option in options)
 
 
 def read_config_file(cls, path):
-    """The assignments of a config file, by key, each of its field's type. Nothing in the file is executed."""
+    """The assignments of a config file, by key, each of its field's type. Nothing in it is run."""
     try:
         with open(path, encoding='utf-8') as file:
             statements = ast.parse(file.read()).body
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, 'strerror', None) or 'it is no UTF-8 text'
-        raise UserError(f'expected a config file such as config/shakespeare_cpu.py, or --key=value, '
-                        f'got {path!r}: {reason}') from None
+        raise UserError(f'expected a config file such as config/shakespeare_cpu.py, or '
+                        f'--key=value, got {path!r}: {reason}') from None
     except (SyntaxError, ValueError) as error:
         raise UserError(f'{path}: expected lines of key = value, got {error}') from None
 
@@ -145,14 +167,15 @@ def read_config_file(cls, path):
             continue                                     # a docstring
         if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1
                 and isinstance(statement.targets[0], ast.Name)):
-            raise UserError(f'{where}expected key = value, got {ast.unparse(statement).splitlines()[0]!r}')
+            got = ast.unparse(statement).splitlines()[0]
+            raise UserError(f'{where}expected key = value, got {got!r}')
         key = statement.targets[0].id
         values[key] = check_type(cls, key, evaluate(statement.value, values, where), where)
     return values
 
 
 def evaluate(node, names, where):
-    """The value of a syntax tree made of literals, names assigned above, and arithmetic on numbers."""
+    """The value of a syntax tree of literals, names assigned above, and arithmetic on numbers."""
     match node:
         case ast.Constant():
             return node.value
@@ -166,11 +189,12 @@ def evaluate(node, names, where):
         case ast.UnaryOp(op=ast.USub()):
             return -number(node.operand, names, where)
         case ast.BinOp() if type(node.op) in ARITHMETIC:
-            left, right = number(node.left, names, where), number(node.right, names, where)
+            left = number(node.left, names, where)
+            right = number(node.right, names, where)
             if not (right == 0 and isinstance(node.op, (ast.Div, ast.FloorDiv))):
                 return ARITHMETIC[type(node.op)](left, right)
-    raise UserError(f'{where}expected a literal, or arithmetic on literals and names assigned above, '
-                    f'got {ast.unparse(node)!r}')
+    raise UserError(f'{where}expected a literal, or arithmetic on literals and names assigned '
+                    f'above, got {ast.unparse(node)!r}')
 
 
 def number(node, names, where):
@@ -181,7 +205,7 @@ def number(node, names, where):
 
 
 def print_help(cls, usage):
-    """The usage, then every key with its default, type and comment, under the heading that its group has."""
+    """The usage, then every key with default, type and comment, under its group's heading."""
     print(usage.strip())
     for line in field_lines(cls):
         if isinstance(line, str):
@@ -194,10 +218,44 @@ def print_help(cls, usage):
 
 
 def field_lines(cls):
-    """From the source of cls and its parents: headings (str), and (key, comment) for each field, in order."""
+    """From the source of cls and its parents, in order: headings (str), and (key, comment) for
+    each field."""
     for parent in reversed(cls.__mro__[:-1]):
         for line in inspect.getsource(parent).splitlines():
             if heading := re.fullmatch(r'    # (.+)', line):
                 yield heading[1]
             elif field := re.fullmatch(r'    (\w+): .+ = .+?  # (.+)', line):
                 yield field[1], field[2]
+
+
+# -----------------------------------------------------------------------------
+# files
+
+@contextlib.contextmanager
+def replacing(path):
+    """As a context, gives the name of a file to write, which then takes the place of path: whole,
+    or not at all. The name holds the process: another may write the same. Raises UserError."""
+    part = f'{path}.{os.getpid()}.part'
+    try:
+        yield part
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:             # RuntimeError: of torch.save
+        got = str(error).splitlines()[0]
+        raise UserError(f'{path}: expected to write it, got "{got}"; what was there is untouched. '
+                        'Is the disk full? Make room and try again') from None
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def write_text(path, text):
+    with replacing(path) as part, open(part, 'w', encoding='utf-8') as file:
+        file.write(text)
+
+
+def read_text(path):
+    """The text of a file, '' where there is none."""
+    if not os.path.exists(path):
+        return ''
+    with open(path, encoding='utf-8') as file:
+        return file.read()

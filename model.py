@@ -3,21 +3,23 @@ A small GPT whose MLP is one of three, and nothing else changes:
 
     dense   one SwiGLU MLP
     moe     E experts; a router decides which K of them see a token               (Algorithm 1)
-    aoe     E experts, no router; every expert looks at the token, and the K that
-            respond most strongly go on: Autonomy-of-Experts, arXiv 2501.13074    (Algorithm 2)
+    aoe     E experts, no router; every expert looks at the token, and the K that respond
+            most strongly go on: Autonomy-of-Experts, arXiv 2501.13074            (Algorithm 2)
 
-Around it, a pre-norm decoder: RMSNorm, rotary positions, causal attention, no biases, and one matrix for the
-embedding and the head. Read from top to bottom: every part is made of the parts above it.
+Three parts, to be read in this order:
+
+    1. the three MLPs, as the paper writes them        all of AoE is here
+    2. the GPT around them                             RMSNorm, rotary positions, no biases
+    3. moe and aoe once more, faster and leaner        the same numbers; skip it at first
 
 Shapes in the comments:
-    B sequences, S positions, T = B*S tokens, D = n_embd
-    E = n_expert, K = top_k, d = an expert's hidden width
-    P rows: the T*K chosen (token, expert) pairs, and some padding
+    B sequences, S positions, T = B*S tokens, D = n_embd, E = n_expert, K = top_k
+    d = an expert's hidden width: d_ffn, or d_wide where its gate is factorised
 """
 
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,10 +27,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from configurator import expect
+
 
 @dataclass
 class GPTConfig:
-    """What defines a model. Raises ValueError, in one line, where the numbers do not fit together."""
+    """What defines a model. Raises ValueError, in one line, where the numbers do not fit."""
     # model
     block_size: int = 64                 # context length, in tokens
     vocab_size: int | None = None        # None: as many as the data's tokenizer has
@@ -36,135 +40,71 @@ class GPTConfig:
     n_head: int = 4                      # attention heads per block
     n_embd: int = 128                    # width of the residual stream, D
     dropout: float = 0.0                 # probability of dropping an activation in training
-    mlp: str = 'aoe'                     # aoe, moe or dense; several, comma-separated, are trained in turn
+    mlp: str = 'aoe'                     # aoe, moe or dense; several, with commas: trained in turn
+    factorised: bool | None = None       # the gate is Wdown Wup, not Wg; None: the paper's, of aoe
     n_expert: int = 8                    # experts per layer, E
     top_k: int = 2                       # experts that handle a token, K
-    d_ffn: int | None = None             # hidden width of a moe expert; None: 4 n_embd, as in the paper
-    d_low: int | None = None             # width of an aoe expert's self-evaluation; None: about n_embd / 3
-    router: str = 'linear'               # of moe: linear; large: two layers with the parameters of aoe's w_down
-    factorised: bool = False             # of moe: the gate as aoe makes it, Wg = Wdown Wup
-    aux_weight: float = 0.0              # weight of the load-balancing loss L_aux, a in Eq. 2; the paper's is 0.01
-    select: str = 'top_k'                # how experts are chosen by their scores: top_k, top_p or expert_choice
-    top_p: float = 0.6                   # for top_p: the probability that the chosen experts reach together
-    conf_weight: float = 0.0             # weight of the penalty on Ent_conf; the paper's is 1e-4 with top_p
-    capacity_factor: float = 2.0         # for expert_choice: each expert takes this times T / E tokens of the batch
+    d_ffn: int | None = None             # hidden width of a moe expert; None: 4 n_embd
+    d_low: int | None = None             # numbers by which aoe judges; None: n_embd / 3, or / 6
+    aux_weight: float = 0.0              # weight of the balancing loss, a of Eq. 2; paper: 0.01
+    plain: bool = False                  # run part 1 of model.py, not part 3: slow and simple
+    # the paper's other variants (Tables 2 and 3)
+    router: str = 'linear'               # of moe: linear; large: two layers, as big as aoe's w_down
+    select: str = 'top_k'                # how experts are chosen: top_k, top_p or expert_choice
+    top_p: float = 0.6                   # for top_p: the probability that the chosen reach together
+    conf_weight: float = 0.0             # weight of the penalty on Ent_conf; paper: 1e-4 with top_p
+    capacity_factor: float = 2.0         # for expert_choice: an expert takes this * T/E tokens
 
     def __post_init__(self):
-        def require(condition, message):
-            if not condition:
-                raise ValueError(message)
-
-        for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_expert', 'top_k', 'd_ffn', 'd_low'):
-            value = getattr(self, key)
-            require(value is None or value > 0, f'{key}: expected a positive number, got {value}')
-        require(self.mlp in MLPS, f'mlp: expected one of {", ".join(MLPS)}, got {self.mlp!r}')
-        require(self.router in ('linear', 'large'), f'router: expected linear or large, got {self.router!r}')
-        require(self.select in ('top_k', 'top_p', 'expert_choice'),
-                f'select: expected top_k, top_p or expert_choice, got {self.select!r}')
-        require(0 < self.top_p <= 1, f'top_p: expected more than 0 and at most 1, got {self.top_p}')
-        require(self.capacity_factor > 0, f'capacity_factor: expected more than 0, got {self.capacity_factor}')
-        require(self.conf_weight >= 0, f'conf_weight: expected 0 or more, got {self.conf_weight}')
-        require(self.n_embd % (2 * self.n_head) == 0,
-                f'n_embd: expected a multiple of 2 * n_head = {2 * self.n_head} (rotary positions turn pairs '
-                f'of numbers within a head), got {self.n_embd}')
-        require(self.top_k <= self.n_expert, f'top_k: expected at most n_expert = {self.n_expert}, got {self.top_k}')
-        require(0 <= self.dropout < 1, f'dropout: expected a probability below 1, got {self.dropout}')
-        require(self.aux_weight >= 0, f'aux_weight: expected 0 or more, got {self.aux_weight}')
-
+        D = self.n_embd
+        if self.factorised is None:
+            self.factorised = self.mlp == 'aoe'
         if self.d_ffn is None:
-            self.d_ffn = 4 * self.n_embd
-        if self.d_low is None:           # the multiple of 8 nearest to D/3 for which a d_wide gives aoe moe's size
-            choices = range(8, max(8, self.n_embd // 2) + 1, 8)
-            self.d_low = min(choices, key=lambda d_low: (self._mismatch(d_low) > 0.008, abs(d_low - self.n_embd / 3)))
-        require(self.d_low <= self.n_embd, f'd_low: expected at most n_embd = {self.n_embd}, got {self.d_low}')
+            self.d_ffn = 4 * D
+        expect(self, 'block_size vocab_size n_layer n_head n_embd n_expert top_k d_ffn d_low',
+               'a positive number', lambda n: n > 0)
+        expect(self, 'mlp', 'one of aoe, moe, dense', lambda mlp: mlp in ('aoe', 'moe', 'dense'))
+        expect(self, 'router', 'linear or large', lambda router: router in ('linear', 'large'))
+        expect(self, 'select', 'top_k, top_p or expert_choice',
+               lambda select: select in ('top_k', 'top_p', 'expert_choice'))
+        expect(self, 'top_p', 'more than 0 and at most 1', lambda p: 0 < p <= 1)
+        expect(self, 'capacity_factor', 'more than 0', lambda c: c > 0)
+        expect(self, 'aux_weight conf_weight', '0 or more', lambda weight: weight >= 0)
+        expect(self, 'dropout', 'a probability below 1', lambda p: 0 <= p < 1)
+        expect(self, 'top_k', f'at most n_expert = {self.n_expert}', lambda k: k <= self.n_expert)
+        expect(self, 'n_embd', f'a multiple of 2 * n_head = {2 * self.n_head} (rotary positions '
+               'turn pairs of numbers within a head)', lambda n: n % (2 * self.n_head) == 0)
+        if self.d_low is None and self.mlp == 'aoe' and not self.factorised:
+            self.d_low = min(max(8, 8 * round(D / 48)), D, self.d_ffn)         # about D/6
+        if self.d_low is None:               # the multiple of 8 near D/3 that d_wide can follow
+            self.d_low = min(range(8, max(8, D // 2) + 1, 8), key=lambda d_low: (
+                self.equation_5(d_low)[1] > 0.008, abs(d_low - D / 3)))
+        expect(self, 'd_low', f'at most n_embd = {D}', lambda d_low: d_low <= D)
+        if self.mlp == 'aoe' and not self.factorised:
+            expect(self, 'd_low', f'at most d_ffn = {self.d_ffn}', lambda n: n <= self.d_ffn)
+
+    def equation_5(self, d_low):
+        """The d_wide that gives aoe the size of moe, as a multiple of 8; how far off that is."""
+        D = self.n_embd
+        d_wide = max(8, 8 * round((3 * D * self.d_ffn - d_low * D) / (d_low + 2 * D) / 8))   # Eq. 5
+        aoe, moe = D * d_low + d_low * d_wide + 2 * D * d_wide, 3 * D * self.d_ffn + D
+        return d_wide, abs(aoe / moe - 1)
 
     @property
     def d_wide(self):
-        """Hidden width of an aoe expert, by Eq. 5: aoe has the total parameters of moe. A multiple of 8."""
-        return self._d_wide(self.d_low)
+        """Hidden width of an expert whose gate is factorised."""
+        return self.equation_5(self.d_low)[0]
 
-    def _d_wide(self, d_low):
-        exact = (3 * self.n_embd * self.d_ffn - d_low * self.n_embd) / (d_low + 2 * self.n_embd)
-        return max(8, 8 * round(exact / 8))
 
-    def _mismatch(self, d_low):
-        """How far an aoe expert is from the size of a moe expert and its column of the router, as a fraction."""
-        d_wide = self._d_wide(d_low)
-        aoe = self.n_embd * d_low + d_low * d_wide + 2 * self.n_embd * d_wide
-        moe = 3 * self.n_embd * self.d_ffn + self.n_embd
-        return abs(aoe / moe - 1)
-
+# -----------------------------------------------------------------------------
+# Part 1: the three MLPs. Each takes T tokens x (T, D); gives h (T, D), and what its experts did.
 
 class Routing(NamedTuple):
-    """What the sparse MLPs did with a batch. A layer gives one without the leading L; for dense all are empty."""
-    load: torch.Tensor       # (L, E)  share of the (token, expert) pairs that each expert handled; sums to 1
-    prob: torch.Tensor       # (L, E)  P_i of Eq. 6: mean over tokens of the softmax of all E scores
-    norm: torch.Tensor       # (L, E)  mean over tokens of ||C_i||, Figure 4; (L, 0) for moe, which measures none
-    ent_conf: torch.Tensor   # (L,)    Ent_conf of Eq. 8; lower is more confident, at most ln E
-    aux_loss: torch.Tensor   # (L,)    L_aux of Eq. 2 and the penalty on Ent_conf, weights included; 0 where those are 0
-    experts_per_token: torch.Tensor   # (L,)    mean over tokens; top_k, unless `select` says otherwise
-
-
-class Choice(NamedTuple):
-    """What a sparse MLP chose for T tokens (GPT.watching_experts)."""
-    experts: torch.Tensor    # (T, K)  the experts of each token, in no order
-    weights: torch.Tensor    # (T, K)  their weights; 0 for one that does not count, where `select` is not top_k
-    scores: torch.Tensor     # (T, K)  their scores: activation norms for aoe, the router's logits for moe
-
-
-def at_least_float32(x):
-    """Scores are not trusted to 16 bits, whatever the autocast dtype."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def rotate(x, cos, sin):
-    """Rotary positions: turn each pair of numbers (x1, x2) by an angle that grows with the position.
-
-    x (B, n_head, S, head_dim); cos, sin (S, head_dim / 2). Returns the shape and dtype of x.
-    """
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1).type_as(x)
-
-
-class Past:
-    """Keys and values of the positions that one block has seen, so that generation computes each position once."""
-
-    def __init__(self):
-        self.length, self.k, self.v = 0, None, None
-
-    def extend(self, k, v):
-        """Append k, v (B, n_head, S, head_dim) and return all so far."""
-        self.length += k.shape[2]
-        self.k = k if self.k is None else torch.cat([self.k, k], dim=2)
-        self.v = v if self.v is None else torch.cat([self.v, v], dim=2)
-        return self.k, self.v
-
-
-class CausalSelfAttention(nn.Module):
-    """Every position attends to itself and those before it."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.n_head = config.n_head
-        self.dropout = config.dropout
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
-
-    def forward(self, x, cos, sin, past=None):                                # (B, S, D)
-        B, S, D = x.shape
-        qkv = self.qkv(x).view(B, S, 3, self.n_head, D // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                  # each (B, n_head, S, head_dim)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if past is not None:                                                  # one position, or the first S
-            k, v = past.extend(k, v)
-        # On a CPU, short sequences attend in float32: there the backward of bfloat16 takes 3 times as long.
-        in_float32 = x.device.type == 'cpu' and S < 256
-        if in_float32:
-            q, k, v = at_least_float32(q), at_least_float32(k), at_least_float32(v)
-        dropout = self.dropout if self.training else 0.0
-        with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type) and not in_float32):
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=S > 1)
-        return self.out(y.transpose(1, 2).reshape(B, S, D))
+    """What the experts did with T tokens. The GPT stacks its layers: (L, T, E) and so on."""
+    scores: torch.Tensor     # (T, E)  p: activation norms for aoe, the router's logits for moe
+    experts: torch.Tensor    # (T, K)  I: who handled the token; -1 for nobody
+    weights: torch.Tensor    # (T, K)  w: 0 for nobody
+    aux_loss: torch.Tensor   # ()      for the trainer to add to the loss
 
 
 class MLP(nn.Module):
@@ -172,318 +112,197 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        d = config.top_k * config.d_ffn
-        self.w_g = nn.Parameter(torch.empty(config.n_embd, d))
-        self.w_p = nn.Parameter(torch.empty(config.n_embd, d))
-        self.w_o = nn.Parameter(torch.empty(d, config.n_embd))
+        D, d = config.n_embd, config.top_k * config.d_ffn
+        self.w_g = nn.Parameter(torch.empty(D, d))
+        self.w_p = nn.Parameter(torch.empty(D, d))
+        self.w_o = nn.Parameter(torch.empty(d, D))
 
-    def forward(self, x):                                                     # (B, S, D)
-        return (F.silu(x @ self.w_g) * (x @ self.w_p)) @ self.w_o, None       # no routing to tell of
-
-
-class Groups(NamedTuple):
-    """The chosen (token, expert) pairs as P rows sorted by expert, so that each expert has its tokens in one piece."""
-    token: torch.Tensor      # (P,)    the token of each row
-    expert: torch.Tensor     # (P,)    its expert
-    row: torch.Tensor        # (T, K)  the row of each pair; rows of no pair are padding
-    ends: torch.Tensor       # (E,)    int32, the row at which each expert's rows end; the last is P
-    active: torch.Tensor     # (T, K)  which of the K pairs of a token are real; None for all
-
-
-def group_by_expert(chosen, load, active=None):
-    """Groups of chosen (T, K), the experts of each token, where active; load (E,) counts the pairs of each expert.
-
-    Each expert's rows are padded to a multiple of up to 16, with rows of token 0 that nothing reads: a CPU prepares each
-    new shape of a bfloat16 matmul for longer than it then takes, and with few shapes few are new. P does not depend
-    on the choice (the last expert takes what is left), so that a GPU is never waited for.
-    """
-    T, K, E = len(chosen), chosen.shape[1], len(load)
-    pairs = T * K
-    if active is not None:                                                    # inactive ones are sorted to the end
-        pairs, chosen = int(load.sum()), chosen.masked_fill(~active, E)
-    multiple = max(1, min(16, pairs // E // 16))
-    P = (pairs + E * (multiple - 1)) // multiple * multiple                   # the most that padding can need
-    padding = -load % multiple                                                # (E,)
-    expert, order = chosen.flatten().sort(stable=True)
-    expert, order = expert[:pairs], order[:pairs]
-    row_of_sorted = torch.arange(pairs, device=chosen.device) + (padding.cumsum(0) - padding)[expert]
-    ends = (load + padding).cumsum(0)
-    ends[-1] = P
-    return Groups(
-        token=order.new_zeros(P).index_copy(0, row_of_sorted, order // K),
-        expert=torch.bucketize(torch.arange(P, device=chosen.device), ends, right=True),
-        row=order.new_zeros(T * K).index_copy(0, order, row_of_sorted).view(T, K),
-        ends=ends.int(), active=active)
-
-
-def grouped_mm(a, b, ends):
-    """A matmul for each expert: a (P, m), b (E, m, n) -> (P, n), or, as the gradient of b, a (m, P), b (P, n) -> (E, m, n).
-
-    Where PyTorch has one call for it (widths of whole 16 bytes; bfloat16 on cuda and cpu, float32 on a cpu unless compiled),
-    that is used: it does not wait for a GPU to learn `ends`. The loop says what it does.
-    """
-    cpu, dtype = a.device.type == 'cpu', a.dtype
-    whole = all(n * a.element_size() % 16 == 0 for t in (a, b) for n in t.stride() if n > 1)
-    known = (dtype == torch.bfloat16 and (cpu or a.device.type == 'cuda')
-             or dtype == torch.float32 and cpu and not torch.compiler.is_compiling())
-    if hasattr(F, 'grouped_mm') and whole and known:
-        return F.grouped_mm(a, b, offs=ends)
-    ends = ends.tolist()
-    pieces = [slice(start, end) for start, end in zip([0] + ends, ends)]
-    if b.dim() == 3:
-        return torch.cat([a[piece] @ b[i] for i, piece in enumerate(pieces)])
-    return torch.stack([a[:, piece] @ b[piece] for piece in pieces])
-
-
-def as_autocast(x):
-    """x in the dtype that autocast multiplies in."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
-def sum_rows(y, row, weight=None):
-    """The rows of each token, weighted and added up: y (P, D), row (T, K), weight (T, K) or None for 1 -> (T, D)."""
-    if y.device.type == 'cpu':               # one pass, where the line below makes three
-        return F.embedding_bag(row, y, mode='sum', per_sample_weights=None if weight is None else weight.type_as(y))
-    return (y[row] if weight is None else y[row] * weight.type_as(y).unsqueeze(-1)).sum(1)
-
-
-class Experts(torch.autograd.Function):
-    """The chosen experts, the last line of Algorithms 1 and 2: for each expert i, with its rows X of x,
-
-        g = gate_in Wgate_i        x Wg_i for moe, C_i Wup_i for aoe
-        u = X Wp_i
-        y = (SiLU(g) * u) Wo_i     and h of a token is the sum of w y over its K rows
-
-    Plain autograd gives the same gradients, but keeps every intermediate for backward. Here backward computes again
-    what is cheap: SiLU(g) * u from g and u, X from x, and for aoe also g, from d_low numbers a row instead of d_wide.
-    """
-
-    @staticmethod
-    def forward(ctx, x, C, weight, w_gate, w_p, w_o, *groups):
-        """x (T, D); C (P, d_low) for aoe, None for moe, whose gate_in is x; weight (T, K); Groups. Returns h (T, D)."""
-        token, _, row, ends, active = groups
-        X = x.index_select(0, token)                                          # (P, D)
-        g = grouped_mm(X if C is None else C, w_gate, ends)                   # (P, d)
-        u = grouped_mm(X, w_p, ends)                                          # (P, d)
-        y = grouped_mm(F.silu(g).mul_(u), w_o, ends)                          # (P, D)
-        ctx.save_for_backward(x, C, weight, w_gate, w_p, w_o, g if C is None else None, u, y,
-                              token, row, ends, active)
-        return sum_rows(y, row, weight)
-
-    @staticmethod
-    def backward(ctx, dh):
-        x, C, weight, w_gate, w_p, w_o, g, u, y, token, row, ends, active = ctx.saved_tensors
-        X = x.index_select(0, token)                                          # (P, D)
-        gate_in = X if C is None else C
-        g = grouped_mm(C, w_gate, ends) if g is None else g                   # (P, d)
-        silu_g = F.silu(g)
-        dy = dh.index_select(0, token)                                        # (P, D)
-        dweight = torch.linalg.vecdot(dy, y)[row].type_as(weight)             # (T, K)
-        dy *= y.new_zeros(len(y)).index_add(0, row.flatten(), weight.type_as(y).flatten()).unsqueeze(1)   # 0 in padding
-        dw_o = grouped_mm((silu_g * u).T, dy, ends)
-        da = grouped_mm(dy, w_o.mT, ends)                                     # of a = SiLU(g) * u: (P, d)
-        du = silu_g.mul_(da)
-        dg = torch.ops.aten.silu_backward(da.mul_(u), g)
-        dw_gate, dw_p = grouped_mm(gate_in.T, dg, ends), grouped_mm(X.T, du, ends)
-        dX, dgate_in = grouped_mm(du, w_p.mT, ends), grouped_mm(dg, w_gate.mT, ends)
-        if C is None:                                                         # x went into the gate as well
-            dX, dgate_in = dX.add_(dgate_in), None
-        return (sum_rows(dX, row, active), dgate_in, dweight, dw_gate, dw_p, dw_o, *5 * [None])
-
-
-class ChosenRows(torch.autograd.Function):
-    """C_i = x Wdown_i of the chosen pairs. If all experts evaluated themselves, they are known: only backward has work."""
-
-    @staticmethod
-    def forward(ctx, x, w_down, C, *groups):
-        """x (T, D), w_down (D, E*d_low), C (T, E, d_low) or None, Groups. Returns (P, d_low)."""
-        token, expert, row, ends, active = groups
-        ctx.save_for_backward(x, w_down, token, row, ends, active)
-        if C is not None:
-            return C.flatten(0, 1).index_select(0, token * len(ends) + expert)
-        w = w_down.view(len(w_down), len(ends), -1).transpose(0, 1)           # of each expert: (E, D, d_low)
-        return grouped_mm(x.index_select(0, token), w, ends)
-
-    @staticmethod
-    def backward(ctx, dC):
-        x, w_down, token, row, ends, active = ctx.saved_tensors
-        w = w_down.view(len(w_down), len(ends), -1).permute(1, 2, 0)          # of each expert, turned: (E, d_low, D)
-        dw = grouped_mm(x.index_select(0, token).T, dC, ends)                 # (E, D, d_low)
-        dx = sum_rows(grouped_mm(dC, w, ends), row, active)                   # (T, D)
-        return dx, dw.transpose(0, 1).reshape(w_down.shape), *6 * [None]
+    def forward(self, x):
+        return (F.silu(x @ self.w_g) * (x @ self.w_p)) @ self.w_o, None
 
 
 class SparseMLP(nn.Module):
-    """What moe and aoe share: choose K of E experts for each token, run them, and add up what they say.
+    """What moe and aoe share: E small SwiGLU MLPs, of which each token sees K.
 
-    Two things can differ, each apart from the other. How the gate of an expert is made: of w_g, or factorised,
-    of w_down and w_up. And who scores, which a subclass says:
-        score(x)                      x (T, D) -> the scores p of all experts (T, E), and their C (T, E, d_low) if known
-        score_of_chosen(p, chosen, C_rows, groups)    p[I] (T, K), with a gradient; C_rows (P, d_low) if factorised
+    An expert's gate is made in one of two ways, whoever chooses: x Wg_i, or factorised,
+    x Wdown_i Wup_i, through d_low numbers.
     """
-    scores_are_norms = False
-    watched = None           # where somebody watches, a list that takes the Choice of every forward pass
 
-    def __init__(self, config, factorised):
+    def __init__(self, config):
         super().__init__()
-        D, E, d = config.n_embd, config.n_expert, config.d_wide if factorised else config.d_ffn
-        self.n_expert, self.top_k, self.factorised = E, config.top_k, factorised
-        self.select, self.top_p, self.capacity_factor = config.select, config.top_p, config.capacity_factor
-        self.aux_weight, self.conf_weight = config.aux_weight, config.conf_weight
+        self.config = config
+        D, E = config.n_embd, config.n_expert
+        d = config.d_wide if config.factorised else config.d_ffn
         self.w_p = nn.Parameter(torch.empty(E, D, d))
         self.w_o = nn.Parameter(torch.empty(E, d, D))
-        if factorised:
-            self.w_down = nn.Parameter(torch.empty(D, E * config.d_low))
+        if config.factorised:
+            self.w_down = nn.Parameter(torch.empty(D, E * config.d_low))       # side by side
             self.w_up = nn.Parameter(torch.empty(E, config.d_low, d))
         else:
             self.w_g = nn.Parameter(torch.empty(E, D, d))
 
-    def forward(self, x):                                                     # (B, S, D)
-        shape, x = x.shape, x.flatten(0, 1)                                   # (T, D)
-        p, C = self.score(x)                                                  # (T, E)
-        chosen, active = self.choose(x, p.detach())                           # I: (T, K)
-        pairs = torch.ones_like(chosen) if active is None else active.long()
-        load = chosen.new_zeros(self.n_expert).scatter_add(0, chosen.flatten(), pairs.flatten())   # (E,)
-        groups = group_by_expert(chosen, load, active)
-        x = as_autocast(x)
-        C_rows = ChosenRows.apply(x, as_autocast(self.w_down), C, *groups) if self.factorised else None
-        weight = self.score_of_chosen(p, chosen, C_rows, groups)              # p[I]: (T, K)
-        if active is None:
-            weight = weight.softmax(-1)                                       # w = softmax(p[I])
-        else:
-            weight = weight.masked_fill(~active, -1e30).softmax(-1).masked_fill(~active, 0)
-        w_gate = self.w_up if self.factorised else self.w_g                   # C_i Wup_i, or x Wg_i
-        h = Experts.apply(x, C_rows, weight, *map(as_autocast, (w_gate, self.w_p, self.w_o)), *groups)   # Eq. 1
-        if self.watched is not None:
-            self.watched.append(Choice(chosen, weight.detach(), p.detach().gather(1, chosen)))
-        return h.view(shape), self.routing(p, load)
-
-    def choose(self, x, p):
-        """The experts of each token by their scores p (T, E): chosen (T, K), and which of these count, None for all.
-
-        For top_p and expert_choice K is E.
-        """
-        if self.select == 'top_k':
-            return p.topk(self.top_k).indices, None                           # I = argtopK(p)
+    def choose(self, p):
+        """I (T, K), by the scores p (T, E). For top_p and expert_choice K is E; -1 is nobody."""
+        T, E = p.shape
+        if self.config.select == 'top_k':
+            return p.topk(self.config.top_k).indices               # I = argtopK(p)
         q = p.softmax(-1)
-        if self.select == 'top_p':                                            # the fewest that reach top_p together
-            q, chosen = q.sort(descending=True)
-            return chosen, q.cumsum(-1) - q < self.top_p
-        # expert_choice: each expert takes its best tokens of the batch, so that later ones decide over earlier ones
-        capacity = min(len(p), max(1, round(self.capacity_factor * len(p) / self.n_expert)))
-        taken = torch.zeros_like(p, dtype=torch.bool).scatter(0, q.topk(capacity, dim=0).indices, True)
-        return torch.arange(self.n_expert, device=p.device).expand(p.shape), taken
+        if self.config.select == 'top_p':                          # the fewest that reach top_p
+            q, I = q.sort(descending=True)
+            return I.masked_fill(q.cumsum(-1) - q >= self.config.top_p, -1)
+        # expert_choice: each expert takes its best tokens of the batch, later ones among them
+        capacity = min(T, max(1, round(self.config.capacity_factor * T / E)))
+        taken = torch.zeros_like(q).scatter(0, q.topk(capacity, dim=0).indices, 1.0)
+        return torch.arange(E, device=p.device).expand(T, E).masked_fill(taken == 0, -1)
 
-    def scores_need_gradient(self):
-        """Whether a loss asks for the gradient of all scores, not of the chosen alone."""
-        return bool(self.aux_weight or self.conf_weight)
+    def experts(self, x, I, w, C=None):
+        """h = sum over i in I of w_i (SiLU(gate_i) * (x Wp_i)) Wo_i, one expert after the other.
 
-    def routing(self, scores, load):
-        """This layer's Routing, from scores (T, E) and the number of pairs that each expert handled (E,)."""
-        if not self.scores_need_gradient():
-            scores = scores.detach()                                          # statistics alone need no gradient
-        p = scores.softmax(-1)                                                # over all E, not the chosen K
-        f, P = load.to(p.dtype) / len(scores), p.mean(0)                      # Eq. 6; f sums to K
-        ent_conf = -(p * scores.log_softmax(-1)).sum(-1).mean()               # Eq. 8
-        return Routing(
-            load=f / f.sum(),
-            prob=P.detach(),
-            norm=scores.detach().mean(0) if self.scores_are_norms else scores.new_empty(0),
-            ent_conf=ent_conf.detach(),
-            aux_loss=self.aux_weight * self.n_expert * (f * P).sum() + self.conf_weight * ent_conf,   # Eq. 2
-            experts_per_token=f.sum())
+        C (T, E, d_low): every x Wdown_i, where that is known.
+        """
+        h = torch.zeros_like(x)
+        for i in range(self.config.n_expert):
+            t, k = (I == i).nonzero(as_tuple=True)                 # the tokens that chose expert i
+            if not self.config.factorised:
+                gate = x[t] @ self.w_g[i]
+            elif C is None:
+                gate = x[t] @ self.w_down.chunk(self.config.n_expert, dim=1)[i] @ self.w_up[i]
+            else:
+                gate = C[t, i] @ self.w_up[i]                      # C_i comes from the cache
+            y = (F.silu(gate) * (x[t] @ self.w_p[i])) @ self.w_o[i]            # (tokens, D)
+            h = h.index_add(0, t, (w[t, k, None] * y).type_as(h))
+        return h                                                   # (T, D)
+
+    def routing(self, p, I, w):
+        """The Routing, and in it L_aux (Eq. 2) and the penalty on Ent_conf, which need all of p."""
+        loss, E = p.new_zeros(()), self.config.n_expert
+        if self.config.aux_weight:
+            f, P = count(I, E).type_as(p) / len(p), p.softmax(-1).mean(0)      # Eq. 6
+            loss = loss + self.config.aux_weight * E * (f * P).sum()           # Eq. 2
+        if self.config.conf_weight:
+            loss = loss + self.config.conf_weight * entropy(p).mean()          # Eq. 8
+        return Routing(p.detach(), I, w.detach(), loss)
 
 
 class MoE(SparseMLP):
-    """Routed mixture of experts, Algorithm 1: E_i(x) = (SiLU(x Wg_i) * (x Wp_i)) Wo_i, p = x router.
+    """Routed mixture of experts, Algorithm 1: a linear router R(x) scores the experts.
 
-    The baselines of Table 2: factorised, Wg_i = Wdown_i Wup_i; a large router, p = SiLU(x router_in) router.
-    The pilot of Table 1: choose_by is a function (layer, x) -> (T, E) whose largest K are chosen instead of the router's,
-    which only weights them then.
+    router='large' is a baseline of Table 2: R(x) = SiLU(x router_in) router.
     """
-    choose_by = None
 
     def __init__(self, config):
-        super().__init__(config, config.factorised)
-        D, E, hidden = config.n_embd, config.n_expert, config.n_embd
-        self.router_in = None
-        if config.router == 'large':                                          # hidden (D + E) is E d_low D
-            hidden = round(E * config.d_low * D / (D + E))
-            self.router_in = nn.Parameter(torch.empty(D, hidden))
-        self.router = nn.Parameter(torch.empty(hidden, E))
+        super().__init__(config)
+        D, E, rows = config.n_embd, config.n_expert, config.n_embd
+        if config.router == 'large':
+            rows = round(E * config.d_low * D / (D + E))           # as many parameters as w_down
+            self.router_in = nn.Parameter(torch.empty(D, rows))
+        self.router = nn.Parameter(torch.empty(rows, E))
 
-    def score(self, x):
-        # checkpoint: computed again in backward, so that no float32 copy of x is kept
-        return checkpoint(self.route, x, use_reentrant=False, preserve_rng_state=False), None
+    def forward(self, x):                                          # (T, D)
+        p = self.route(x)                                          # R(x): (T, E)
+        I = self.choose(p)                                         # argtopK(p): (T, K)
+        w = weigh(p, I)                                            # softmax(p[I]): (T, K)
+        h = self.experts(x, I, w)                                  # Eq. 1: (T, D)
+        return h, self.routing(p, I, w)
 
     def route(self, x):
-        if self.router_in is not None:
+        if self.config.router == 'large':
             x = F.silu(x @ self.router_in)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):         # scores are float32 at least
             return at_least_float32(x) @ at_least_float32(self.router)
-
-    def choose(self, x, p):
-        return super().choose(x, p if self.choose_by is None else self.choose_by(self, x))
-
-    def score_of_chosen(self, p, chosen, C_rows, groups):
-        return p.gather(1, chosen)
-
-
-def norm_of_node(node, order):
-    """choose_by of the pilot: the norm (order 1, 2 or inf) of a node in every expert of a MoE, for each token.
-
-    Nodes: g = x Wg, u = x Wp, silu = SiLU(g), product = SiLU(g) * u, output = product Wo.
-    """
-    def value(layer, x, i):
-        if node == 'u':
-            return x @ layer.w_p[i]                                           # (T, d_ffn)
-        y = x @ layer.w_g[i]
-        if node != 'g':
-            y = F.silu(y)
-        if node in ('product', 'output'):
-            y = y * (x @ layer.w_p[i])
-        return y @ layer.w_o[i] if node == 'output' else y                    # (T, D) or (T, d_ffn)
-
-    def norms(layer, x):
-        values = (at_least_float32(value(layer, x, i)) for i in range(layer.n_expert))
-        return torch.stack([torch.linalg.vector_norm(y, ord=order, dim=-1) for y in values], dim=-1)   # (T, E)
-    return norms
 
 
 class AoE(SparseMLP):
-    """Autonomy of experts, Algorithm 2: Wg_i = Wdown_i Wup_i, and p_i = ||x Wdown_i||, the expert's own response.
+    """Autonomy of experts, Algorithm 2. No router: every expert takes the first step of its gate,
+    and the norm of what it finds is its score. The chosen go on from what they found."""
 
-    The self-evaluation C = x Wdown of all E experts is one matmul; the chosen experts go on from their part of it.
-    Softmax over the chosen gives the others no gradient, so nothing of their C is kept or differentiated. L_aux
-    does need the gradient of all norms: then backward evaluates all experts once more.
-    """
-    scores_are_norms = True
+    def forward(self, x):                                          # (T, D)
+        C = (x @ self.down()).view(len(x), self.config.n_expert, -1)   # Eq. 3: (T, E, d_low)
+        p = norm(C)                                                # Eq. 4: (T, E)
+        I = self.choose(p)                                         # argtopK(p): (T, K)
+        w = weigh(p, I)                                            # softmax(p[I]): (T, K)
+        h = self.experts(x, I, w, C)                               # Algorithm 2, last line: (T, D)
+        return h, self.routing(p, I, w)
 
-    def __init__(self, config):
-        super().__init__(config, factorised=True)
-
-    def score(self, x):
-        if self.scores_need_gradient() and torch.is_grad_enabled():
-            p, C = checkpoint(self.evaluate, x, use_reentrant=False, preserve_rng_state=False)
-            return p, C.detach()
-        with torch.no_grad():
-            return self.evaluate(x)
-
-    def evaluate(self, x):
-        C = (x @ self.w_down).view(len(x), self.n_expert, -1)                 # Eq. 3: (T, E, d_low)
-        return norm(C), C                                                     # Eq. 4: (T, E)
-
-    def score_of_chosen(self, p, chosen, C_rows, groups):
-        return norm(C_rows)[groups.row]
+    def down(self):
+        """Wdown_i of all experts side by side, (D, E d_low). Where the gate is not factorised, an
+        expert judges by the first d_low neurons of it: the first columns of Wg_i."""
+        if self.config.factorised:
+            return self.w_down
+        return self.w_g[:, :, :self.config.d_low].transpose(0, 1).flatten(1)
 
 
 def norm(C):
-    """L2 norm over the last dimension, in float32 at least."""
+    """||C||, the L2 norm over the last dimension."""
     return torch.linalg.vector_norm(C, dim=-1, dtype=torch.promote_types(C.dtype, torch.float32))
 
 
-MLPS = {'aoe': AoE, 'moe': MoE, 'dense': MLP}
+def weigh(p, I):
+    """w = softmax(p[I]), over the chosen alone: p (T, E), I (T, K) -> (T, K)."""
+    return softmax_over(p.gather(1, I.clamp(min=0)), I)
+
+
+def softmax_over(p_I, I):
+    """softmax of p[I] (T, K), with 0 for nobody (-1)."""
+    return p_I.masked_fill(I < 0, -1e30).softmax(-1).masked_fill(I < 0, 0)
+
+
+def count(I, E):
+    """How many tokens each expert handles: (E,)."""
+    counts = I.new_zeros(E + 1).scatter_add(0, I.flatten() + 1, torch.ones_like(I).flatten())
+    return counts[1:]                                              # without nobody
+
+
+def entropy(p):
+    """Of the softmax over all E scores: p (T, E) -> (T,). Its mean is Ent_conf, Eq. 8."""
+    return -(p.softmax(-1) * p.log_softmax(-1)).sum(-1)
+
+
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+PLAIN = {'dense': MLP, 'moe': MoE, 'aoe': AoE}
+MLPS = dict(PLAIN)                       # what a Block takes; part 3 puts its own in their place
+
+
+# -----------------------------------------------------------------------------
+# Part 2: the GPT
+
+def rotate(x, cos, sin):
+    """Rotary positions: turn each pair (x1, x2) by an angle that grows with the position.
+
+    x (B, n_head, S, head_dim); cos, sin (S, head_dim / 2). Returns the shape and dtype of x.
+    """
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1).type_as(x)
+
+
+class CausalSelfAttention(nn.Module):
+    """Every position attends to itself and those before it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, cos, sin, past=None):                     # (B, S, D)
+        B, S, D = x.shape
+        qkv = self.qkv(x).view(B, S, 3, self.n_head, D // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                       # each (B, n_head, S, head_dim)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if past:                                                   # of the positions before
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        if past is not None:
+            past[:] = k, v
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if x.device.type == 'cpu' and S < 256:                     # a CPU is 3 times as fast so
+            q, k, v, autocast = at_least_float32(q), at_least_float32(k), at_least_float32(v), False
+        with torch.autocast(x.device.type, enabled=autocast):
+            y = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=S > 1)
+        return self.out(y.transpose(1, 2).reshape(B, S, D))
 
 
 class Block(nn.Module):
@@ -494,13 +313,13 @@ class Block(nn.Module):
         self.norm_1 = nn.RMSNorm(config.n_embd)
         self.attention = CausalSelfAttention(config)
         self.norm_2 = nn.RMSNorm(config.n_embd)
-        self.mlp = MLPS[config.mlp](config)
+        self.mlp = (PLAIN if config.plain else MLPS)[config.mlp](config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cos, sin, past=None):                                # (B, S, D)
+    def forward(self, x, cos, sin, past=None):                     # (B, S, D)
         x = x + self.dropout(self.attention(self.norm_1(x), cos, sin, past))
-        h, routing = self.mlp(self.norm_2(x))
-        return x + self.dropout(h), routing
+        h, routing = self.mlp(self.norm_2(x).flatten(0, 1))        # (T, D)
+        return x + self.dropout(h.view_as(x)), routing
 
 
 class GPT(nn.Module):
@@ -509,18 +328,18 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.vocab_size is None:
-            raise ValueError('vocab_size: expected the number of tokens in the vocabulary, got None')
+            raise ValueError('vocab_size: expected the number of different tokens, got None')
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.head.weight = self.embedding.weight
+        self.head.weight = self.embedding.weight                   # one matrix for both
 
         head_dim = config.n_embd // config.n_head
         frequency = 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
-        angle = torch.arange(config.block_size)[:, None] * frequency          # (block_size, head_dim / 2)
+        angle = torch.arange(config.block_size)[:, None] * frequency   # (block_size, head_dim / 2)
         self.register_buffer('cos', angle.cos(), persistent=False)
         self.register_buffer('sin', angle.sin(), persistent=False)
         self.init_weights()
@@ -529,17 +348,16 @@ class GPT(nn.Module):
     def init_weights(self):
         """Draw every matrix from a normal distribution, with a standard deviation of
 
-            what experts look with: w_g, w_p, w_down, w_up, router_in   1 / sqrt(rows), so that a number with
-                                                                        variance 1 stays one
-            w_o, out, which add to the residual stream                  0.02 / sqrt(2 n_layer)
-            all others                                                  0.02
+            w_g, w_p, w_down, w_up, router_in         1 / sqrt(rows): what has variance 1 keeps it
+            w_o, out, which add to the residual       0.02 / sqrt(2 n_layer)
+            all others                                0.02
 
-        0.02 for the first line, as GPT-2 has it, suits a D of some thousands: at D 96 the experts start nearly linear and
-        nearly alike, and every variant ends higher (README, "What the paper asks").
+        0.02 for the first line, as in GPT-2, suits a D of some thousands: at D 96 the experts start
+        nearly alike, and every variant ends higher.
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
-                continue                                                      # the norms' weights stay at 1
+                continue                                           # the norms' weights stay at 1
             std = 0.02
             if name.endswith(('w_g', 'w_p', 'w_down', 'w_up', 'router_in')):
                 std = p.shape[-2] ** -0.5
@@ -548,105 +366,267 @@ class GPT(nn.Module):
             p.normal_(0.0, std)
 
     def forward(self, idx, targets=None, past=None):
-        """Predict the next token at every position.
+        """Predict the next token at every position of idx (B, S), S at most block_size. Returns
 
-        idx, targets: (B, S) int64, S at most block_size. past: a list of one Past per block, which idx continues by one
-        token, or begins. Returns, always in this order,
-            logits  (B, S, vocab_size)
-            loss    mean cross-entropy in nats per token, nothing added; None without targets
-            routing Routing, one row per layer; its aux_loss is for the trainer to add
+            logits   (B, S, vocab_size)
+            loss     mean cross-entropy in nats per token, nothing added; None without targets
+            routing  Routing, stacked over the layers; its aux_loss is for the trainer to add
+
+        past: a list for each block, of keys and values of the positions before idx; grows by idx.
         """
-        start = past[0].length if past else 0
+        start = past[0][0].shape[2] if past and past[0] else 0
         end = start + idx.shape[1]
         if end > self.config.block_size:
-            raise ValueError(f'expected at most block_size = {self.config.block_size} tokens, got {end}')
-        x = self.dropout(self.embedding(idx))                                 # (B, S, D)
+            raise ValueError(f'expected at most {self.config.block_size} tokens, got {end}')
+        x = self.dropout(self.embedding(idx))                      # (B, S, D)
         routings = []
-        for i, block in enumerate(self.blocks):
-            x, routing = block(x, self.cos[start:end], self.sin[start:end], past[i] if past else None)
+        for block, before in zip(self.blocks, past or [None] * len(self.blocks)):
+            x, routing = block(x, self.cos[start:end], self.sin[start:end], before)
             routings.append(routing)
-        logits = self.head(self.norm(x))                                      # (B, S, vocab_size)
+        logits = self.head(self.norm(x))                           # (B, S, vocab_size)
         loss = None
         if targets is not None:
             loss = F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten())
         if self.config.mlp == 'dense':
             return logits, loss, Routing(*(x.new_empty(0) for _ in Routing._fields))
-        return logits, loss, Routing(*(torch.stack(field) for field in zip(*routings)))
+        return logits, loss, Routing(*map(torch.stack, zip(*routings)))
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, vocab_top_k=None, seed=None):
-        """Continue idx (B, S) by max_new_tokens, each drawn from the model's prediction and fed back to it.
+    def generate(self, idx, max_new_tokens, temperature=1.0, vocab_top_k=None, vocab_size=None,
+                 seed=None):
+        """Continue idx (B, S) by max_new_tokens, each drawn from the prediction and fed back.
 
-        temperature: below 1 sharpens the prediction; 0 always takes the likeliest token (greedy).
-        vocab_top_k: draw from that many likeliest tokens only. (top_k of the config is about experts.)
-        seed: the same seed on the same machine draws the same text.
-        Returns (B, S + max_new_tokens). Sets the model to eval mode. The context begins as the last block_size tokens
-        of idx and grows; whenever it is full, it goes on from its later half. expert_choice needs tokens that are
-        not there yet: experts are then chosen by top_k.
+        temperature: below 1 sharpens the prediction; 0 always takes the likeliest token.
+        vocab_top_k: draw from that many likeliest tokens only. (top_k is about experts.)
+        vocab_size: draw from the first so many tokens only, those that the tokenizer knows.
+        seed: the same seed on the same machine draws the same text. Sets the model to eval mode.
+        The context is at most block_size tokens; when it is full, it goes on from its later half.
         """
+        if self.config.select == 'expert_choice':
+            raise ValueError('select: expected top_k or top_p, got expert_choice, which needs the '
+                             'tokens to come')
         self.eval()
         generator = torch.Generator(idx.device)
         generator.manual_seed(seed) if seed is not None else generator.seed()
-        past, new = [Past() for _ in self.blocks], idx[:, -self.config.block_size:]
-        with self.without_looking_ahead():
-            for _ in range(max_new_tokens):
-                logits, _, _ = self(new, past=past)
-                logits = at_least_float32(logits[:, -1])                      # (B, vocab_size)
-                if vocab_top_k is not None:
-                    kept = logits.topk(min(vocab_top_k, logits.shape[-1])).values
-                    logits = logits.masked_fill(logits < kept[:, -1:], -torch.inf)
-                if temperature == 0:
-                    new = logits.argmax(-1, keepdim=True)
-                else:
-                    new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-                idx = torch.cat([idx, new], dim=1)
-                if past[0].length == self.config.block_size:
-                    past, new = [Past() for _ in self.blocks], idx[:, -max(1, self.config.block_size // 2):]
+        size = self.config.block_size
+        past, new = [[] for _ in self.blocks], idx[:, -size:]
+        for _ in range(max_new_tokens):
+            logits = self(new, past=past)[0][:, -1, :vocab_size]
+            logits = at_least_float32(logits)                      # (B, vocab_size)
+            if vocab_top_k is not None:
+                kept = logits.topk(min(vocab_top_k, logits.shape[-1])).values
+                logits = logits.masked_fill(logits < kept[:, -1:], -torch.inf)
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                p = (logits / temperature).softmax(-1)
+                new = torch.multinomial(p, 1, generator=generator)
+            idx = torch.cat([idx, new], dim=1)
+            if past[0][0].shape[2] == size:
+                past, new = [[] for _ in self.blocks], idx[:, -max(1, size // 2):]
         return idx
-
-    @contextmanager
-    def without_looking_ahead(self):
-        """As a context: layers with select = 'expert_choice' choose by top_k."""
-        ahead = [block.mlp for block in self.blocks if getattr(block.mlp, 'select', None) == 'expert_choice']
-        try:
-            for mlp in ahead:
-                mlp.select = 'top_k'
-            yield
-        finally:
-            for mlp in ahead:
-                mlp.select = 'expert_choice'
-
-    @contextmanager
-    def watching_experts(self):
-        """As a context, gives a list to which each forward pass appends a Choice for every layer; none for dense."""
-        choices = []
-        try:
-            for block in self.blocks:
-                block.mlp.watched = choices
-            yield choices
-        finally:
-            for block in self.blocks:
-                block.mlp.watched = None
 
     def total_parameters(self):
         """Number of parameters; the matrix that embedding and head share counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def active_parameters(self):
-        """Parameters that the computation of one token touches.
-
-        Of the experts' matrices, K of E. aoe's w_down counts whole: every expert evaluates every token.
-        """
-        active = 0
+        """Parameters that the computation of one token touches: of the experts' matrices, K of E.
+        What aoe's experts judge with counts whole, since every expert evaluates every token."""
+        active, c = 0, self.config
         for name, p in self.named_parameters():
-            chosen_alone = p.dim() == 3 or name.endswith('w_down') and self.config.mlp == 'moe'
-            active += p.numel() * self.config.top_k // self.config.n_expert if chosen_alone else p.numel()
+            of_chosen = p.dim() == 3 or name.endswith('w_down') and c.mlp == 'moe'
+            active += p.numel() * c.top_k // c.n_expert if of_chosen else p.numel()
+        if c.mlp == 'aoe' and not c.factorised:                    # of the others: a part of w_g
+            active += c.n_layer * (c.n_expert - c.top_k) * c.n_embd * c.d_low
         return active
 
     def flops_per_token(self):
-        """Floating-point operations of a training step per token: 6 for each active weight of a matrix
-        (a multiply and an add, once in forward and twice in backward), and 12 S D a layer for attention's two
-        products, counted at full context without the saving of the causal mask."""
+        """Floating-point operations of a training step per token: 6 for each active weight of a
+        matrix (a multiply and an add, once in forward, twice in backward), and 12 S D a layer for
+        attention's two products, at full context without the saving of the causal mask."""
         c = self.config
         norms = sum(p.numel() for p in self.parameters() if p.dim() == 1)
         return 6 * (self.active_parameters() - norms) + 12 * c.n_layer * c.block_size * c.n_embd
+
+
+# -----------------------------------------------------------------------------
+# Part 3: the same layers, faster and in less memory.
+#
+# Part 1 asks each expert in turn, and autograd keeps every intermediate for backward. Here the
+# chosen (token, expert) pairs are sorted by expert into P rows, so that all experts are one grouped
+# matmul, and backward computes again what is cheap. Above all, softmax over the chosen gives the
+# others no gradient: nothing of their C is kept, which makes aoe leaner than moe.
+
+class Rows(NamedTuple):
+    """The chosen pairs, sorted by expert, with padding in between: P rows."""
+    token: torch.Tensor      # (P,)    the token of each row; 0 in padding
+    expert: torch.Tensor     # (P,)    its expert
+    row: torch.Tensor        # (T, K)  the row of each pair; for nobody (-1) the last, a padding
+    ends: torch.Tensor       # (E,)    int32: where each expert's rows end; the last is P
+
+
+def sort_by_expert(I, E, complete):
+    """Rows of I (T, K); complete: there is no -1 in it.
+
+    Each expert's rows are padded to a multiple of up to 16: a CPU prepares each new shape of a
+    bfloat16 matmul for longer than it then takes, so few shapes are good. P does not depend on who
+    was chosen (the last expert takes what is left), so that a GPU is never waited for.
+    """
+    T, K = I.shape
+    load = count(I, E)                                             # (E,)
+    pairs = T * K if complete else int(load.sum())
+    multiple = max(1, min(16, pairs // E // 16))
+    P = (pairs + E * (multiple - 1)) // multiple * multiple + (not complete)
+    padding = -load % multiple                                     # (E,)
+    expert, pair = I.masked_fill(I < 0, E).flatten().sort(stable=True)
+    expert, pair = expert[:pairs], pair[:pairs]                    # pair = t*K + k
+    row = torch.arange(pairs, device=I.device) + (padding.cumsum(0) - padding)[expert]
+    ends = (load + padding).cumsum(0)
+    ends[-1] = P
+    return Rows(
+        token=pair.new_zeros(P).index_copy(0, row, pair // K),
+        expert=torch.bucketize(torch.arange(P, device=I.device), ends, right=True),
+        row=pair.new_full((T * K,), P - 1).index_copy(0, pair, row).view(T, K),
+        ends=ends.int())
+
+
+def grouped_mm(a, b, ends):
+    """A matmul for each expert: a (P, m), b (E, m, n) -> (P, n). Or the gradient of b: a (m, P),
+    b (P, n) -> (E, m, n). Where PyTorch has one call for it (some dtypes, widths of whole 16 bytes)
+    that is used: it does not wait for a GPU to learn `ends`. The loop says what it does."""
+    cpu, dtype = a.device.type == 'cpu', a.dtype
+    whole = all(max(t.stride()[-2:]) * t.element_size() % 16 == 0 for t in (a, b))
+    known = (dtype == torch.bfloat16 and (cpu or a.device.type == 'cuda')
+             or dtype == torch.float32 and cpu and not torch.compiler.is_compiling())
+    if hasattr(F, 'grouped_mm') and whole and known:
+        return F.grouped_mm(a, b, offs=ends)
+    ends = ends.tolist()
+    rows = [slice(start, end) for start, end in zip([0] + ends, ends)]
+    if b.dim() == 3:
+        return torch.cat([a[r] @ b[i] for i, r in enumerate(rows)])
+    return torch.stack([a[:, r] @ b[r] for r in rows])
+
+
+def sum_rows(y, row, w=None):
+    """For each token the sum of its rows, weighted: y (P, D), row and w (T, K) -> (T, D)."""
+    if y.device.type == 'cpu':               # one pass, where the line below makes three
+        w = None if w is None else w.type_as(y)
+        return F.embedding_bag(row, y, mode='sum', per_sample_weights=w)
+    return (y[row] if w is None else y[row] * w.type_as(y).unsqueeze(-1)).sum(1)
+
+
+class Experts(torch.autograd.Function):
+    """SparseMLP.experts for Rows: forward is its formula. It keeps u, y, and for moe g; backward
+    computes again SiLU(g) * u, X, and aoe's g, a matmul only d_low deep."""
+
+    @staticmethod
+    def forward(ctx, x, C, w, w_gate, w_p, w_o, token, expert, row, ends):
+        """C: what goes into the gate (P, d_low), or None for x itself. Returns h (T, D)."""
+        X = x.index_select(0, token)                               # (P, D)
+        g = grouped_mm(X if C is None else C, w_gate, ends)        # C_i Wup_i, or x Wg_i: (P, d)
+        u = grouped_mm(X, w_p, ends)                               # x Wp_i: (P, d)
+        y = grouped_mm(F.silu(g).mul_(u), w_o, ends)               # (P, D)
+        ctx.save_for_backward(x, C, w, w_gate, w_p, w_o, g if C is None else None, u, y,
+                              token, row, ends)
+        return sum_rows(y, row, w)
+
+    @staticmethod
+    def backward(ctx, dh):
+        x, C, w, w_gate, w_p, w_o, g, u, y, token, row, ends = ctx.saved_tensors
+        X = x.index_select(0, token)                               # (P, D)
+        gate_in = X if C is None else C
+        g = grouped_mm(C, w_gate, ends) if g is None else g        # (P, d)
+        silu_g = F.silu(g)
+        dy = dh.index_select(0, token)                             # of w y: (P, D)
+        dw = torch.linalg.vecdot(dy, y)[row].type_as(w)            # (T, K)
+        w_of_row = y.new_zeros(len(y)).index_add(0, row.flatten(), w.type_as(y).flatten())
+        dy *= w_of_row.unsqueeze(1)                                # 0 in padding
+        da = grouped_mm(dy, w_o.mT, ends)                          # of a = SiLU(g) * u: (P, d)
+        dw_o = grouped_mm((silu_g * u).T, dy, ends)
+        du = silu_g.mul_(da)
+        dg = torch.ops.aten.silu_backward(da.mul_(u), g)
+        dw_gate, dw_p = grouped_mm(gate_in.T, dg, ends), grouped_mm(X.T, du, ends)
+        dX, dC = grouped_mm(du, w_p.mT, ends), grouped_mm(dg, w_gate.mT, ends)
+        if C is None:                                              # x went into the gate as well
+            dX, dC = dX.add_(dC), None
+        return sum_rows(dX, row), dC, dw, dw_gate, dw_p, dw_o, None, None, None, None
+
+
+class ChosenRows(torch.autograd.Function):
+    """C_i = x Wdown_i of each row (P, d_low): C[token, expert], where C (T, E, d_low) is known.
+    Autograd's own backward of that would multiply by the zeros of all that were not chosen."""
+
+    @staticmethod
+    def forward(ctx, x, w, C, token, expert, row, ends):
+        """w: Wdown_i of each expert (E, D, d_low)."""
+        ctx.save_for_backward(x, w, token, row, ends)
+        if C is None:
+            return grouped_mm(x.index_select(0, token), w, ends)
+        return C.flatten(0, 1).index_select(0, token * len(w) + expert)
+
+    @staticmethod
+    def backward(ctx, dC):
+        x, w, token, row, ends = ctx.saved_tensors
+        dx = sum_rows(grouped_mm(dC, w.mT, ends), row)             # (T, D)
+        return dx, grouped_mm(x.index_select(0, token).T, dC, ends), *5 * [None]
+
+
+# Call a function and keep nothing of it but its arguments: backward calls it again, if it has to.
+forgetting = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
+def as_autocast(x):
+    """x in the dtype that autocast multiplies in."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+class Lean:
+    """What LeanMoE and LeanAoE share, in the place of SparseMLP.experts."""
+
+    def sort(self, I):
+        return sort_by_expert(I, self.config.n_expert, complete=self.config.select == 'top_k')
+
+    def chosen_rows(self, x, w_down, C, rows):
+        """C_i of each row, (P, d_low); w_down (D, E d_low)."""
+        w = as_autocast(w_down).view(len(w_down), self.config.n_expert, -1).transpose(0, 1)
+        return ChosenRows.apply(x, w, C, *rows)
+
+    def experts_of_rows(self, x, C_I, w, rows):
+        """h (T, D). C_I: C_i of each row, where the gate is factorised."""
+        w_gate, C_I = (self.w_up, C_I) if self.config.factorised else (self.w_g, None)
+        return Experts.apply(x, C_I, w, *map(as_autocast, (w_gate, self.w_p, self.w_o)), *rows)
+
+
+class LeanMoE(Lean, MoE):
+    """MoE, line by line."""
+
+    def forward(self, x):                                          # (T, D)
+        p = forgetting(self.route, x)                              # (T, E)
+        I = self.choose(p.detach())                                # (T, K)
+        rows, x = self.sort(I), as_autocast(x)
+        w = weigh(p, I)                                            # (T, K)
+        C_I = self.chosen_rows(x, self.w_down, None, rows) if self.config.factorised else None
+        h = self.experts_of_rows(x, C_I, w, rows)                  # (T, D)
+        return h, self.routing(p, I, w)
+
+
+class LeanAoE(Lean, AoE):
+    """AoE, line by line."""
+
+    def forward(self, x):                                          # (T, D)
+        p, C = forgetting(self.evaluate, x)                        # (T, E), (T, E, d_low)
+        I = self.choose(p.detach())                                # (T, K)
+        rows, x = self.sort(I), as_autocast(x)
+        C_I = self.chosen_rows(x, self.down(), C.detach(), rows)   # (P, d_low)
+        w = softmax_over(norm(C_I)[rows.row], I)                   # (T, K)
+        h = self.experts_of_rows(x, C_I, w, rows)                  # (T, D)
+        return h, self.routing(p, I, w)
+
+    def evaluate(self, x):
+        C = (x @ self.down()).view(len(x), self.config.n_expert, -1)   # Eq. 3
+        return norm(C), C                                          # Eq. 4
+
+
+MLPS.update(moe=LeanMoE, aoe=LeanAoE)

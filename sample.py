@@ -15,100 +15,102 @@ mouse all its experts, their weights and scores.
 
 import html
 import os
+import re
 import sys
 from dataclasses import dataclass
 
 import torch
 
 import configurator
-from configurator import UserError, build, check_type, parse
-from model import GPT, Choice, GPTConfig
+from configurator import UserError, build, check_type, expect, parse, write_text
+from model import GPT, GPTConfig, Routing
 from prepare_data import tokenizer_from
-from train import choose_device, choose_dtype, load_checkpoint, write_text
+from train import choose_device, choose_dtype, load_checkpoint
 
 
 @dataclass
 class SampleConfig:
     """The keys of this script."""
     # keys
-    prompt: str = '\n'                  # the text to go on from
-    num_samples: int = 1                # texts to write
-    max_new_tokens: int = 500           # length of each, in tokens
-    temperature: float = 0.8            # below 1: safer, above: wilder, 0: always the likeliest token
-    vocab_top_k: int | None = None      # draw from that many likeliest tokens only; None: from all
-    seed: int = 1337                    # the same seed draws the same texts
-    show_experts: bool = False          # show which expert took each token, and write experts.html
-    layer: int = 1                      # for show_experts: the layer to print, from 1
-    device: str = 'auto'                # auto: cuda, else mps, else cpu
-    data_dir: str = 'data'              # where the gpt2 tokenizer keeps its table, if it had to be fetched
+    prompt: str = '\n'                   # the text to go on from
+    num_samples: int = 1                 # texts to write
+    max_new_tokens: int = 500            # length of each, in tokens
+    temperature: float = 0.8             # below 1: safer, above: wilder, 0: always the likeliest
+    vocab_top_k: int | None = None       # draw from that many likeliest tokens only; None: from all
+    seed: int = 1337                     # the same seed draws the same texts
+    show_experts: bool = False           # show which expert took each token, and write experts.html
+    layer: int = 1                       # for show_experts: the layer to print, from 1
+    device: str = 'auto'                 # auto: cuda, else mps, else cpu
+    data_dir: str = 'data'               # where gpt2's table lies, if it had to be fetched
 
     def __post_init__(self):
-        for key in ('num_samples', 'max_new_tokens', 'vocab_top_k', 'layer'):
-            value = getattr(self, key)
-            if value is not None and value <= 0:
-                raise ValueError(f'{key}: expected a positive number, got {value}')
-        if not 0 <= self.seed < 2**62:
-            raise ValueError(f'seed: expected 0 or more and below 2^62, got {self.seed}')
-        if self.temperature < 0:
-            raise ValueError(f'temperature: expected 0 or more, got {self.temperature}')
-        if not self.prompt:
-            raise ValueError('prompt: expected at least one character, got none')
+        expect(self, 'num_samples max_new_tokens vocab_top_k layer', 'a positive number',
+               lambda n: n > 0)
+        expect(self, 'seed', '0 or more and below 2^62', lambda seed: 0 <= seed < 2**62)
+        expect(self, 'temperature', '0, or 0.001 or more', lambda t: t == 0 or t >= 0.001)
+        expect(self, 'prompt', 'at least one character', lambda prompt: prompt)
 
 
 def load_model(folder, device):
     """The best model of the run in folder, and its tokenizer's meta. Raises UserError."""
     path = os.path.join(folder, 'best.pt')
     checkpoint = load_checkpoint(path, device)
-    keys = GPTConfig.__dataclass_fields__
-    model = GPT(build(GPTConfig, {key: check_type(GPTConfig, key, value, f'{path}: ')
-                                  for key, value in checkpoint['config'].items() if key in keys}))
+    values = {key: check_type(GPTConfig, key, value, f'{path}: ')
+              for key, value in checkpoint['config'].items() if hasattr(GPTConfig, key)}
+    if values.get('select') == 'expert_choice':
+        print('expert_choice needs the tokens to come: experts are chosen by top_k here',
+              file=sys.stderr)
+        values['select'] = 'top_k'
+    model = build(lambda **values: GPT(GPTConfig(**values)), values)
     try:
         model.load_state_dict(checkpoint['model'])
     except RuntimeError:
-        raise UserError(f'{path}: expected weights of the shapes in its own configuration, got others; '
-                        'train again') from None
-    return model.to(device), checkpoint['meta']
+        raise UserError(f'{path}: expected weights of the shapes in its own configuration, got '
+                        'others; train again') from None
+    return model.eval().to(device), checkpoint['meta']
 
 
 # -----------------------------------------------------------------------------
 # which expert took which token
 
-# Okabe and Ito's palette, whose colours all readers can tell apart, with the colour of letters on them
+# Okabe and Ito's palette, whose colours all readers can tell apart, with the colour of letters
 PALETTE = ['#E69F00', '#56B4E9', '#009E73', '#F0E442', '#0072B2', '#D55E00', '#CC79A7', '#000000']
 LETTERS = ['black', 'black', 'black', 'black', 'white', 'white', 'black', 'white']
-LINE_END = '\u21b5'                       # an arrow: the line's end is a token, too
+LINE_END = '\u00b6'                      # the line's end is a token, too
 
 
 @torch.no_grad()
 def watch_experts(model, tokens):
-    """A Choice for each layer, of tokens (S,) read in windows of block_size; a token's heaviest expert comes first."""
-    windows = []
-    with model.without_looking_ahead(), model.watching_experts() as choices:
-        for window in tokens.split(model.config.block_size):
-            choices.clear()
-            model(window[None])
-            windows.append([heaviest_first(choice) for choice in choices])
-    return [Choice(*map(torch.cat, zip(*layer))) for layer in zip(*windows)]
+    """The Routing (L, S, ...) of tokens (S,), read in windows of block_size; a token's heaviest
+    expert comes first."""
+    windows = [model(window[None])[2] for window in tokens.split(model.config.block_size)]
+    scores, experts, weights = (torch.cat(parts, dim=1) for parts in list(zip(*windows))[:3])
+    order = weights.argsort(descending=True)
+    return Routing(scores, experts.gather(2, order), weights.gather(2, order), None)
 
 
-def heaviest_first(choice):
-    order = choice.weights.argsort(descending=True)
-    return Choice(*(field.gather(1, order) for field in choice))
+def without_controls(text):
+    """text without what would ring or steer a terminal."""
+    return re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]', '\ufffd', text)
 
 
 def color_text(texts, experts):
     """The texts of tokens, each on the colour of its expert, for a terminal."""
     def paint(text, expert):
         red, green, blue = (int(PALETTE[expert % 8][i:i + 2], 16) for i in (1, 3, 5))
-        return f'\033[48;2;{red};{green};{blue};{30 if LETTERS[expert % 8] == "black" else 97}m{text}\033[0m'
+        letters = 30 if LETTERS[expert % 8] == 'black' else 97
+        return f'\033[48;2;{red};{green};{blue};{letters}m{text}\033[0m'
     legend = ' '.join(paint(f' {expert} ', expert) for expert in sorted(set(experts)))
-    body = ''.join('\n'.join(paint(part, expert) if part else '' for part in text.replace('\n', f'{LINE_END}\n').split('\n'))
-                   for text, expert in zip(texts, experts))
-    return f'experts {legend}\n{body}'
+    lines = [f'experts {legend}', '']
+    for text, expert in zip(texts, experts):
+        first, *others = text.replace('\n', f'{LINE_END}\n').split('\n')
+        lines[-1] += paint(first, expert)
+        lines += [paint(part, expert) if part else '' for part in others]
+    return '\n'.join(lines)
 
 
 def number_text(texts, experts, width=80):
-    """The texts of tokens in lines of at most width, each with the numbers of the experts under it."""
+    """The texts of tokens in lines of at most width, each with the numbers of experts under it."""
     lines, upper, lower = [], '', ''
     for text, expert in zip(texts, experts):
         text = text.replace('\n', LINE_END)
@@ -121,20 +123,25 @@ def number_text(texts, experts, width=80):
     return '\n'.join([*lines, upper, lower]).rstrip('\n')
 
 
-def experts_page(name, texts, layers, score):
-    """An HTML page: the texts of tokens once for each layer's Choice; score is what its scores are called."""
-    styles = ''.join(f'.e{i}{{background:{color};color:{letters}}}' for i, (color, letters) in enumerate(zip(PALETTE, LETTERS)))
-    parts = [f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)}</title><style>body{{max-width:50em;'
-             f'margin:2em auto;font-family:sans-serif}}pre{{white-space:pre-wrap;line-height:1.5}}{styles}</style>'
-             f'<h1>{html.escape(name)}</h1><p>Each token has the colour of its first expert. Point at one to see all its experts.']
-    for number, choice in enumerate(layers, 1):
-        used = sorted(set(choice.experts[:, 0].tolist()))
-        legend = ' '.join(f'<span class="e{expert % 8}">&nbsp;{expert}&nbsp;</span>' for expert in used)
-        parts.append(f'<h2>layer {number}</h2><p>{legend}<pre>')
-        for text, *columns in zip(texts, *(field.tolist() for field in choice)):
-            told = ', '.join(f'expert {e}: weight {w:.2f}, {score} {s:.2f}' for e, w, s in zip(*columns) if w > 0)
+def experts_page(name, texts, routing, score):
+    """An HTML page: the texts of tokens, once for each layer; score is what scores are called."""
+    styles = ''.join(f'.e{i}{{background:{color};color:{letters}}}'
+                     for i, (color, letters) in enumerate(zip(PALETTE, LETTERS)))
+    parts = [f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)}'
+             '</title><style>body{max-width:50em;margin:2em auto;font-family:sans-serif}'
+             f'pre{{white-space:pre-wrap;line-height:1.5}}{styles}</style><h1>{html.escape(name)}'
+             '</h1><p>Each token has the colour of its first expert. Point at one to see all.']
+    facts = (part.tolist() for part in routing[:3])
+    for layer, (scores, experts, weights) in enumerate(zip(*facts)):
+        used = sorted({chosen[0] for chosen in experts})
+        legend = ' '.join(f'<span class="e{i % 8}">&nbsp;{i}&nbsp;</span>' for i in used)
+        parts.append(f'<h2>layer {layer + 1}</h2><p>{legend}<pre>')
+        for text, p, I, w in zip(texts, scores, experts, weights):
+            told = ', '.join(f'expert {i}: weight {weight:.2f}, {score} {p[i]:.2f}'
+                             for i, weight in zip(I, w) if i >= 0)
             shown = html.escape(text).replace('\n', f'{LINE_END}\n')
-            parts.append(f'<span class="e{columns[0][0] % 8}" title="{html.escape(repr(text))} {told}">{shown}</span>')
+            parts.append(f'<span class="e{I[0] % 8}" title="{html.escape(repr(text))} {told}">'
+                         f'{shown}</span>')
         parts.append('</pre>')
     return ''.join(parts) + '</html>\n'
 
@@ -143,33 +150,35 @@ def main(arguments):
     values, folders = parse(SampleConfig, arguments, __doc__)
     config = build(SampleConfig, values)
     if len(folders) != 1:
-        raise UserError(f'expected the folder of one run, such as out/shakespeare_cpu/aoe, got {len(folders)}')
+        raise UserError('expected the folder of one run, such as out/shakespeare_cpu/aoe, got '
+                        f'{len(folders)}')
     device = choose_device(config.device)
     model, meta = load_model(folders[0], device)
     tokenizer = tokenizer_from(meta, config.data_dir)
-    if config.show_experts and (model.config.mlp == 'dense' or config.layer > model.config.n_layer):
-        raise UserError(f'show_experts: expected a model with experts and a --layer of at most {model.config.n_layer}, got '
-                        f'{model.config.mlp} and {config.layer}')
-    if model.config.mlp != 'dense' and model.config.select == 'expert_choice':
-        print('expert_choice needs the tokens to come: experts are chosen by top_k here', file=sys.stderr)
+    mlp, n_layer = model.config.mlp, model.config.n_layer
+    if config.show_experts and (mlp == 'dense' or config.layer > n_layer):
+        raise UserError(f'show_experts: expected a model with experts and a --layer of at most '
+                        f'{n_layer}, got {mlp} and {config.layer}')
     idx = torch.tensor([tokenizer.encode(config.prompt)], device=device)      # (1, S)
-
+    terminal = sys.stdout.isatty()
     dtype = choose_dtype('auto', device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for i in range(config.num_samples):
-            tokens = model.generate(idx, config.max_new_tokens, config.temperature, config.vocab_top_k, config.seed + i)
+            tokens = model.generate(idx, config.max_new_tokens, config.temperature,
+                                    config.vocab_top_k, tokenizer.vocab_size, config.seed + i)[0]
             if config.show_experts:
-                layers = watch_experts(model, tokens[0])
-                texts = [tokenizer.decode([token]) for token in tokens[0].tolist()]
-                show = color_text if sys.stdout.isatty() and not os.environ.get('NO_COLOR') else number_text
-                print(show(texts, layers[config.layer - 1].experts[:, 0].tolist()))
+                routing = watch_experts(model, tokens)
+                texts = [without_controls(tokenizer.decode([token])) for token in tokens.tolist()]
+                show = color_text if terminal and not os.environ.get('NO_COLOR') else number_text
+                print(show(texts, routing.experts[config.layer - 1, :, 0].tolist()))
             else:
-                print(tokenizer.decode(tokens[0].tolist()))
+                text = tokenizer.decode(tokens.tolist())
+                print(without_controls(text) if terminal else text)
             if i < config.num_samples - 1:
                 print('-' * 80)
     if config.show_experts:
-        path = os.path.join(folders[0], 'experts.html')
-        write_text(path, experts_page(folders[0], texts, layers, 'norm' if model.config.mlp == 'aoe' else 'logit'))
+        path, score = os.path.join(folders[0], 'experts.html'), 'norm' if mlp == 'aoe' else 'logit'
+        write_text(path, experts_page(folders[0], texts, routing, score))
         print(f'\nall layers{" of the last text" * (config.num_samples > 1)}: {path}')
 
 

@@ -9,8 +9,7 @@ Times are medians; a ratio is the median of the ratios of each round, so that
 what slows the machine for a while slows both sides of it. Parts: layer (an MLP
 alone, forward and backward), step (a training step of the model), memory
 (bytes kept for backward), cost (speed and memory of aoe over d_low), generate
-(text, one token at a time). Only when asked for: tokenize (prepare_data.py's gpt2
-beside tiktoken's own encode_ordinary_batch).
+(text, one token at a time). `aoe whole` is aoe with a gate that is not factorised.
 """
 
 import contextlib
@@ -21,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -30,20 +29,24 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import configurator
-from configurator import UserError, build, parse
-from model import GPT, MLPS, GPTConfig
-from prepare_data import CHUNK, GPT2Tokenizer, PrepareConfig, in_parallel, prepare
+from configurator import UserError, build, expect, parse
+from model import GPT, MLPS, PLAIN, GPTConfig
+from prepare_data import PrepareConfig, prepare
 from train import Training, choose_device, keep_freed_memory, plan_runs, print_rows
 
-PARTS = ('layer', 'step', 'memory', 'cost', 'generate', 'tokenize')
+PARTS = ('layer', 'step', 'memory', 'cost', 'generate')
+SIDES = {'dense': {'mlp': 'dense'}, 'moe': {'mlp': 'moe'}, 'aoe': {'mlp': 'aoe'},
+         'aoe whole': {'mlp': 'aoe', 'factorised': False}}
 LAYERS = {          # the MLP alone: its configuration, and the tokens that pass it at once
-    'small': (dict(n_embd=128, d_ffn=256), 1024),
-    'medium': (dict(n_embd=384, d_ffn=1024, d_low=128), 8192),
-    'paper': (dict(n_embd=768, n_head=12, d_ffn=3072, d_low=256), 4096),
+    'small': ({'n_embd': 128, 'd_ffn': 256}, 1024),
+    'medium': ({'n_embd': 384, 'd_ffn': 1024, 'd_low': 128}, 8192),
+    'paper': ({'n_embd': 768, 'n_head': 12, 'd_ffn': 3072, 'd_low': 256}, 4096),
 }
 MODELS = {          # a whole training step
-    'small': dict(n_layer=4, n_head=4, n_embd=128, d_ffn=256, block_size=64, batch_size=16),
-    '6 x 384': dict(n_layer=6, n_head=6, n_embd=384, d_ffn=512, block_size=256, batch_size=8),
+    'small': {'n_layer': 4, 'n_head': 4, 'n_embd': 128, 'd_ffn': 256, 'block_size': 64,
+              'batch_size': 16},
+    '6 x 384': {'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'd_ffn': 512, 'block_size': 256,
+                'batch_size': 8},
 }
 
 
@@ -51,35 +54,34 @@ MODELS = {          # a whole training step
 class BenchConfig:
     """The keys of this script."""
     # keys
-    only: str = 'layer,step,memory,cost,generate' # the parts to measure, comma-separated
-    shapes: str = 'small,medium,paper'      # of the layers, comma-separated
-    rounds: int = 15                              # measurements of each side; the median counts
-    warmup: int = 15                              # rounds before them, not counted
-    seed: int = 0                                 # of weights and inputs
-    threads: int | None = None                    # of the CPU; None: PyTorch's choice
-    device: str = 'auto'                          # auto: cuda, else mps, else cpu
-    dtype: Literal['float32', 'bfloat16'] = 'bfloat16'   # of weights and inputs; of autocast in a training step
-    aux_weight: float = 0.0                       # weight of the load-balancing loss
-    keep_freed_memory: bool = True                # as train.py does; False: the C library's own way
-    compile: bool = False                         # torch.compile, in the training step
-    json: str | None = None                       # write the figures to this file as well
+    only: str = 'layer,step,memory,cost,generate'   # the parts to measure, with commas
+    shapes: str = 'small,medium,paper'   # of the layers, with commas
+    rounds: int = 15                     # measurements of each side; the median counts
+    warmup: int = 15                     # rounds before them, not counted
+    seed: int = 0                        # of weights and inputs
+    threads: int | None = None           # of the CPU; None: PyTorch's choice
+    device: str = 'auto'                 # auto: cuda, else mps, else cpu
+    dtype: Literal['float32', 'bfloat16'] = 'bfloat16'   # of weights and inputs, or of autocast
+    aux_weight: float = 0.0              # weight of the load-balancing loss
+    plain: bool = False                  # measure part 1 of model.py
+    keep_freed_memory: bool = True       # as train.py does; False: the C library's own way
+    compile: bool = False                # torch.compile, in the training step
+    json: str | None = None              # write the figures to this file as well
 
     def __post_init__(self):
-        for key, known in (('only', PARTS), ('shapes', LAYERS)):
-            for part in getattr(self, key).split(','):
-                if part not in known:
-                    raise ValueError(f'{key}: expected some of {",".join(known)}, got {part!r}')
-        for key in ('rounds', 'warmup', 'threads'):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise ValueError(f'{key}: expected a positive number, got {getattr(self, key)}')
+        for key, known in (('only', PARTS), ('shapes', tuple(LAYERS))):
+            expect(self, key, f'some of {", ".join(known)}',
+                   lambda text, known=known: set(text.split(',')) <= set(known))
+        expect(self, 'rounds warmup threads', 'a positive number', lambda n: n > 0)
 
 
 def multiply_adds(config):
     """Of one MLP layer per token, forward and backward, as model.py executes them.
 
-    A product costs three times its forward, since its gradient is two products of the same size. What aoe spends on
-    self-evaluation is less: only the chosen of E have a gradient, unless L_aux asks for all (and evaluates all twice).
-    What it spends on the gate is more: C_i Wup_i is computed again in backward.
+    A product costs three times its forward, since its gradient is two products of the same size.
+    What aoe spends on judging is less: only the chosen of E have a gradient, unless L_aux asks for
+    all (and evaluates all twice). What it spends on the gate, if that is factorised, is more:
+    C_i Wup_i is computed again in backward.
     """
     D, E, K, d = config.n_embd, config.n_expert, config.top_k, config.d_ffn
     if config.mlp == 'dense':
@@ -88,11 +90,13 @@ def multiply_adds(config):
         return 3 * (D * E + K * 3 * D * d)
     d_low, d_wide = config.d_low, config.d_wide
     evaluation = (4 * E if config.aux_weight else E) * D * d_low + 2 * K * D * d_low
+    if not config.factorised:
+        return evaluation + 3 * K * 3 * D * d
     return evaluation + K * (4 * d_low * d_wide + 3 * 2 * D * d_wide)
 
 
 def alternate(sides, bench):
-    """Time each side's function once per round. Returns side -> list of seconds. sides: name -> function(round)."""
+    """Time each side's function once per round: name -> function(round) to name -> seconds."""
     seconds = {name: [] for name in sides}
     for turn in range(bench.warmup + bench.rounds):
         for name, function in sides.items():
@@ -109,30 +113,34 @@ def alternate(sides, bench):
 
 
 def ratio(faster, slower):
-    """Median over rounds of how many times the speed of `slower` `faster` has. Both: lists of seconds."""
+    """How many times the speed of slower faster has: both seconds a round, median of ratios."""
     return statistics.median(s / f for f, s in zip(faster, slower))
 
 
-def layer_config(mlp, shape, bench):
-    return GPTConfig(mlp=mlp, aux_weight=bench.aux_weight, **shape)
+def layer_config(side, shape, bench):
+    shape = dict(shape)
+    if side == 'aoe whole':              # its own default: d_low near D/6
+        shape.pop('d_low', None)
+    return GPTConfig(**SIDES[side], aux_weight=bench.aux_weight, plain=bench.plain, **shape)
 
 
 def make_layer(config, bench, device):
     torch.manual_seed(bench.seed)
-    layer = MLPS[config.mlp](config)
+    layer = (PLAIN if config.plain else MLPS)[config.mlp](config)
     for name, p in layer.named_parameters():
         torch.nn.init.normal_(p, std=config.d_low ** -0.5 if name == 'w_up' else 0.02)
     return layer.to(device, getattr(torch, bench.dtype))
 
 
 def make_input(shape, tokens, bench, device, turn):
-    generator = torch.Generator().manual_seed(bench.seed + turn)          # other tokens each round, as in training
-    x = torch.randn(1, tokens, shape['n_embd'], generator=generator)
+    generator = torch.Generator().manual_seed(bench.seed + turn)   # other tokens each round
+    x = torch.randn(tokens, shape['n_embd'], generator=generator)
     return x.to(device, getattr(torch, bench.dtype)).requires_grad_()
 
 
 def transformers_layers(config, tokens, moe, bench, device):
-    """Hugging Face's Mixtral block with the weights of moe: setting -> function(x). Empty without transformers."""
+    """Hugging Face's Mixtral block with the weights of moe: setting -> function(x). Empty without
+    transformers."""
     try:
         from transformers import MixtralConfig
         from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -142,15 +150,17 @@ def transformers_layers(config, tokens, moe, bench, device):
     layers = {}
     for setting in ('eager', 'batched_mm', 'grouped_mm'):
         if setting == 'batched_mm' and tokens * moe.w_p[0].numel() > 2**28:
-            continue                                                           # it copies the matrices for every pair
-        theirs = MixtralConfig(hidden_size=config.n_embd, intermediate_size=config.d_ffn, num_local_experts=config.n_expert,
-                               num_experts_per_tok=config.top_k, experts_implementation=setting)
+            continue                                               # it copies them for every pair
+        theirs = MixtralConfig(
+            hidden_size=config.n_embd, intermediate_size=config.d_ffn,
+            num_local_experts=config.n_expert, num_experts_per_tok=config.top_k,
+            experts_implementation=setting)
         block = MixtralSparseMoeBlock(theirs).to(device, getattr(torch, bench.dtype))
         with torch.no_grad():
             block.gate.weight.copy_(moe.router.T)
             block.experts.gate_up_proj.copy_(torch.cat([moe.w_g, moe.w_p], 2).transpose(1, 2))
             block.experts.down_proj.copy_(moe.w_o.transpose(1, 2))
-        layers[f'mixtral {setting}'] = block
+        layers[f'mixtral {setting}'] = lambda x, block=block: block(x[None])
     return layers
 
 
@@ -160,11 +170,14 @@ def time_layers(layers, shape, tokens, bench, device):
         def function(turn):
             x = inputs[turn]
             h = layer(x)
-            (h[0] if isinstance(h, tuple) else h).backward(cotangent)
-            layer.zero_grad(set_to_none=True)
+            h = h[0] if isinstance(h, tuple) else h
+            h.view_as(x).backward(cotangent)
+            if isinstance(layer, torch.nn.Module):
+                layer.zero_grad(set_to_none=True)
             x.grad = None
         return function
-    inputs = [make_input(shape, tokens, bench, device, turn) for turn in range(bench.warmup + bench.rounds)]
+    inputs = [make_input(shape, tokens, bench, device, turn)
+              for turn in range(bench.warmup + bench.rounds)]
     cotangent = torch.randn_like(inputs[0])
     return alternate({name: run(layer) for name, layer in layers.items()}, bench)
 
@@ -174,17 +187,18 @@ def bench_layer(bench, device):
     results = []
     for label in bench.shapes.split(','):
         shape, tokens = LAYERS[label]
-        configs = {mlp: layer_config(mlp, shape, bench) for mlp in ('dense', 'moe', 'aoe')}
-        layers = {mlp: make_layer(config, bench, device) for mlp, config in configs.items()}
+        configs = {side: layer_config(side, shape, bench) for side in SIDES}
+        layers = {side: make_layer(config, bench, device) for side, config in configs.items()}
         layers |= transformers_layers(configs['moe'], tokens, layers['moe'], bench, device)
         seconds = time_layers(layers, shape, tokens, bench, device)
 
         c = configs['aoe']
-        print(f'\nlayer, {label}: D {c.n_embd}, d_ffn {c.d_ffn}, d_low {c.d_low}, E {c.n_expert}, K {c.top_k}, '
-              f'{tokens:,} tokens')
+        print(f'\nlayer, {label}: D {c.n_embd}, d_ffn {c.d_ffn}, d_low {c.d_low} (whole: '
+              f'{configs["aoe whole"].d_low}), E {c.n_expert}, K {c.top_k}, {tokens:,} tokens')
         rows = [('', 'ms', 'of dense', 'predicted', 'of moe', 'predicted')]
         for name in layers:
-            row = {'part': 'layer', 'shape': label, 'side': name, 'ms': 1e3 * statistics.median(seconds[name])}
+            row = {'part': 'layer', 'shape': label, 'side': name,
+                   'ms': 1e3 * statistics.median(seconds[name])}
             for base in ('dense', 'moe'):
                 row[f'of_{base}'] = ratio(seconds[name], seconds[base])
                 config = configs.get(name, configs['moe'])
@@ -192,7 +206,7 @@ def bench_layer(bench, device):
             results.append(row)
             rows.append((name, f'{row["ms"]:.2f}', *(f'{row[key]:.2f}' for key in (
                 'of_dense', 'predicted_of_dense', 'of_moe', 'predicted_of_moe'))))
-        print_rows(rows, indent='  ')
+        print_rows(rows)
     return results
 
 
@@ -202,35 +216,39 @@ def bench_step(bench, device):
     for label, shape in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
             with contextlib.redirect_stdout(None):
-                prepare([os.path.join(ROOT, 'model.py')], PrepareConfig(name='code', data_dir=folder))
-            runs = plan_runs({'dataset': 'code', 'data_dir': folder, 'device': str(device), 'dtype': bench.dtype, 'seed': bench.seed,
-                              'aux_weight': bench.aux_weight, 'compile': bench.compile, **shape}, {'mlp': 'dense,moe,aoe'})
+                config = PrepareConfig(name='code', data_dir=folder)
+                prepare([os.path.join(ROOT, 'model.py')], config)
+            values = {'dataset': 'code', 'data_dir': folder, 'device': str(device),
+                      'dtype': bench.dtype, 'seed': bench.seed, 'aux_weight': bench.aux_weight,
+                      'plain': bench.plain, 'compile': bench.compile, 'runs': SIDES}
+            runs = plan_runs(values | shape, {})
             trainings = {run.name: Training(run) for run in runs}
         sides = {name: lambda turn, training=training: [training.step() for _ in range(3)]
                  for name, training in trainings.items()}
         seconds = alternate(sides, bench)
-        print(f'\ntraining step, {label}: {shape["n_layer"]} layers, D {shape["n_embd"]}, d_ffn {shape["d_ffn"]}, '
-              f'{shape["batch_size"]} x {shape["block_size"]} tokens')
+        print(f'\ntraining step, {label}: {shape["n_layer"]} layers, D {shape["n_embd"]}, d_ffn '
+              f'{shape["d_ffn"]}, {shape["batch_size"]} x {shape["block_size"]} tokens')
         rows = [('', 'tokens/s', 'of dense', 'of moe')]
         for name, training in trainings.items():
-            row = {'part': 'step', 'shape': label, 'side': name,
-                   'tokens_per_second': 3 * training.tokens_per_iter / statistics.median(seconds[name]),
-                   'of_dense': ratio(seconds[name], seconds['dense']), 'of_moe': ratio(seconds[name], seconds['moe'])}
+            speed = 3 * training.tokens_per_iter / statistics.median(seconds[name])
+            row = {'part': 'step', 'shape': label, 'side': name, 'tokens_per_second': speed,
+                   'of_dense': ratio(seconds[name], seconds['dense']),
+                   'of_moe': ratio(seconds[name], seconds['moe'])}
             results.append(row)
-            rows.append((name, f'{row["tokens_per_second"]:,.0f}', f'{row["of_dense"]:.2f}', f'{row["of_moe"]:.2f}'))
-        print_rows(rows, indent='  ')
+            rows.append((name, f'{speed:,.0f}', f'{row["of_dense"]:.2f}', f'{row["of_moe"]:.2f}'))
+        print_rows(rows)
     return results
 
 
 def bytes_kept(layer, x, *more):
-    """Bytes that layer(x, *more) keeps for backward, each storage once; parameters and x left out."""
-    left_out = {p.untyped_storage().data_ptr() for p in layer.parameters()} | {x.untyped_storage().data_ptr()}
+    """Bytes that layer(x, *more) keeps for backward, each once, without parameters and x."""
+    left_out = {p.untyped_storage().data_ptr() for p in (*layer.parameters(), x)}
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in left_out:
-            kept[storage.data_ptr()] = storage                             # held, so that no address is used twice
+            kept[storage.data_ptr()] = storage                     # held: no address is used twice
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         h = layer(x, *more)
@@ -241,107 +259,101 @@ def bytes_kept(layer, x, *more):
 def bench_memory(bench, device):
     """What a layer keeps for backward: exact, and the same on any machine."""
     results = []
-    rows = [('KiB per token and layer', *MLPS)]
+    rows = [('KiB per token and layer', *SIDES)]
     for label in bench.shapes.split(','):
         shape, tokens = LAYERS[label]
         cells = []
-        for mlp in MLPS:
-            layer = make_layer(layer_config(mlp, shape, bench), bench, device)
-            kib = bytes_kept(layer, make_input(shape, tokens, bench, device, 0)) / tokens / 1024
-            results.append({'part': 'memory', 'shape': label, 'side': mlp, 'kib_per_token': kib})
+        for side in SIDES:
+            layer = make_layer(layer_config(side, shape, bench), bench, device)
+            x = make_input(shape, tokens, bench, device, 0)
+            kib = bytes_kept(layer, x) / tokens / 1024
+            row = {'part': 'memory', 'shape': label, 'side': side, 'kib_per_token': kib}
+            results.append(row)
             cells.append(f'{kib:.1f}')
         rows.append((label, *cells))
     print(f'\nkept for backward by the MLP, {bench.dtype}')
-    print_rows(rows, indent='  ')
+    print_rows(rows)
     return results + bench_model_memory(bench, device)
 
 
 def bench_model_memory(bench, device):
-    """What the whole model keeps for backward per token, at the last of the shapes: for each layer, and besides layers."""
-    def kib_per_token(mlp, n_layer):
-        config = GPTConfig(mlp=mlp, aux_weight=bench.aux_weight, vocab_size=50_304, block_size=1024, n_layer=n_layer, **shape)
+    """What the whole model keeps for backward per token, at the last of the shapes: for each layer,
+    and besides layers."""
+    def kib_per_token(side, n_layer):
+        config = layer_config(side, shape | {'n_layer': n_layer, 'vocab_size': 50_304,
+                                             'block_size': 1024}, bench)
         model = GPT(config).to(device)
-        tokens = torch.randint(config.vocab_size, (1, 1024), generator=torch.Generator().manual_seed(bench.seed)).to(device)
+        generator = torch.Generator().manual_seed(bench.seed)
+        tokens = torch.randint(config.vocab_size, (1, 1024), generator=generator).to(device)
         dtype = getattr(torch, bench.dtype)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             half, whole = (bytes_kept(model, idx, idx) for idx in (tokens[:, :512], tokens))
-        return (whole - half) / 512 / 1024                                    # without copies of weights, the same for both
+        return (whole - half) / 512 / 1024   # without copies of weights, the same for both
 
     label = bench.shapes.split(',')[-1]
     shape, _ = LAYERS[label]
-    results, rows = [], [('KiB per token', 'each layer', 'embedding, head, loss', '12 layers, of moe')]
-    for mlp in ('moe', 'aoe', 'dense'):
-        one, two = (kib_per_token(mlp, n_layer) for n_layer in (1, 2))
-        row = {'part': 'model memory', 'side': mlp, 'kib_per_layer': two - one, 'kib_besides': 2 * one - two}
-        row['of_moe'] = (one + 11 * (two - one)) / (results[0]['kib_besides'] + 12 * results[0]['kib_per_layer']) if results else 1
+    results = []
+    rows = [('KiB per token', 'each layer', 'embedding, head, loss', '12 layers, of moe')]
+    for side in ('moe', 'aoe', 'aoe whole', 'dense'):
+        one, two = (kib_per_token(side, n_layer) for n_layer in (1, 2))
+        row = {'part': 'model memory', 'side': side, 'kib_per_layer': two - one,
+               'kib_besides': 2 * one - two}
         results.append(row)
-        rows.append((mlp, f'{row["kib_per_layer"]:.1f}', f'{row["kib_besides"]:.1f}', f'{row["of_moe"]:.2f}'))
+        all_of, moe = (r['kib_besides'] + 12 * r['kib_per_layer'] for r in (row, results[0]))
+        row['of_moe'] = all_of / moe
+        rows.append((side, f'{row["kib_per_layer"]:.1f}', f'{row["kib_besides"]:.1f}',
+                     f'{row["of_moe"]:.2f}'))
     print(f'\nkept for backward by the model, {label}, vocabulary 50,304, {bench.dtype}')
-    print_rows(rows, indent='  ')
+    print_rows(rows)
     return results
 
 
 def bench_cost(bench, device):
-    """Table 4 of the paper: what aoe costs over d_low, D/12 to 2 D/3, at the last of the shapes."""
+    """Table 4 of the paper: what aoe costs over d_low, D/12 to 2 D/3, at the last of the shapes;
+    and with a gate that is not factorised, at D/24 to D/3."""
     label = bench.shapes.split(',')[-1]
     shape, tokens = LAYERS[label]
-    widths = [8 * round(shape['n_embd'] / part / 8) for part in (12, 6, 3, 1.5)]
-    configs = {'moe': layer_config('moe', shape, bench)} | {
-        f'aoe {d_low}': layer_config('aoe', shape | {'d_low': d_low}, bench) for d_low in widths}
+    configs = {'moe': layer_config('moe', shape, bench)}
+    for side, parts in (('aoe', (12, 6, 3, 1.5)), ('aoe whole', (24, 12, 6, 3))):
+        for part in parts:
+            d_low = max(8, 8 * round(shape['n_embd'] / part / 8))
+            config = layer_config(side, shape, bench)
+            configs[f'{side} {d_low}'] = replace(config, d_low=d_low)
     layers = {name: make_layer(config, bench, device) for name, config in configs.items()}
     seconds = time_layers(layers, shape, tokens, bench, device)
     results, rows = [], [('', 'tokens/s', 'of moe', 'predicted', 'KiB/token', 'of moe')]
     for name, layer in layers.items():
         kib = bytes_kept(layer, make_input(shape, tokens, bench, device, 0)) / tokens / 1024
-        row = {'part': 'cost', 'side': name, 'tokens_per_second': tokens / statistics.median(seconds[name]),
-               'of_moe': ratio(seconds[name], seconds['moe']),
-               'predicted_of_moe': multiply_adds(configs['moe']) / multiply_adds(configs[name]), 'kib_per_token': kib}
+        speed = tokens / statistics.median(seconds[name])
+        predicted = multiply_adds(configs['moe']) / multiply_adds(configs[name])
+        row = {'part': 'cost', 'side': name, 'tokens_per_second': speed, 'kib_per_token': kib,
+               'of_moe': ratio(seconds[name], seconds['moe']), 'predicted_of_moe': predicted}
         results.append(row)
-        rows.append((name, f'{row["tokens_per_second"]:,.0f}', f'{row["of_moe"]:.2f}', f'{row["predicted_of_moe"]:.2f}',
+        rows.append((name, f'{speed:,.0f}', f'{row["of_moe"]:.2f}', f'{predicted:.2f}',
                      f'{kib:.1f}', f'{kib / results[0]["kib_per_token"]:.2f}'))
     print(f'\ncost of the layer over d_low, {label}, aux_weight {bench.aux_weight:g}')
-    print_rows(rows, indent='  ')
+    print_rows(rows)
     return results
 
 
 def bench_generate(bench, device):
     """Text one token at a time: batch 1, 256 new tokens."""
-    shape = {key: value for key, value in MODELS['6 x 384'].items() if key != 'batch_size'} | {'vocab_size': 84}
+    shape = {key: value for key, value in MODELS['6 x 384'].items() if key != 'batch_size'}
     models = {}
-    for mlp in ('dense', 'moe', 'aoe'):
+    for side, changes in SIDES.items():
         torch.manual_seed(bench.seed)
-        models[mlp] = GPT(GPTConfig(mlp=mlp, **shape)).to(device)
+        models[side] = GPT(GPTConfig(**changes, **shape, vocab_size=84)).to(device)
     idx = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    few = BenchConfig(rounds=min(3, bench.rounds), warmup=1)
-    seconds = alternate({mlp: lambda turn, model=model: model.generate(idx, 256, seed=0) for mlp, model in models.items()},
-                        few)
+    sides = {side: lambda turn, model=model: model.generate(idx, 256, seed=0)
+             for side, model in models.items()}
+    seconds = alternate(sides, BenchConfig(rounds=min(3, bench.rounds), warmup=1))
     print('\ngeneration, 6 layers, D 384, batch 1, 256 tokens, float32')
     rows, results = [('', 'tokens/s')], []
-    for mlp in models:
-        speed = 256 / statistics.median(seconds[mlp])
-        results.append({'part': 'generate', 'side': mlp, 'tokens_per_second': speed})
-        rows.append((mlp, f'{speed:.0f}'))
-    print_rows(rows, indent='  ')
-    return results
-
-
-def bench_tokenize(bench, device):
-    """Tokens per second of gpt2's byte pairs on all cores: 16 pieces of a megabyte of this repository's code."""
-    text = ''.join(open(os.path.join(ROOT, name), encoding='utf-8').read() for name in ('README.md', 'model.py', 'train.py'))
-    texts = [(text * (CHUNK // len(text) + 1))[:CHUNK]] * 16
-    tokenizer, threads = GPT2Tokenizer(), os.cpu_count()
-    tokens = 16 * len(tokenizer.encode(texts[0]))
-    seconds = alternate({
-        'encode_ordinary_batch': lambda turn: tokenizer.encode_batch(texts, num_threads=threads),
-        'prepare_data.py': lambda turn: list(in_parallel(tokenizer.encode_piece, texts, threads))}, bench)
-    print(f'\ntokenizing with gpt2, {threads} threads')
-    rows, results = [('', 'tokens/s', 'of tiktoken')], []
-    for name, times in seconds.items():
-        row = {'part': 'tokenize', 'side': name, 'tokens_per_second': tokens / statistics.median(times),
-               'of_tiktoken': ratio(times, seconds['encode_ordinary_batch'])}
-        results.append(row)
-        rows.append((name, f'{row["tokens_per_second"]:,.0f}', f'{row["of_tiktoken"]:.2f}'))
-    print_rows(rows, indent='  ')
+    for side in models:
+        speed = 256 / statistics.median(seconds[side])
+        results.append({'part': 'generate', 'side': side, 'tokens_per_second': speed})
+        rows.append((side, f'{speed:.0f}'))
+    print_rows(rows)
     return results
 
 
@@ -355,14 +367,17 @@ def main(arguments):
     if bench.keep_freed_memory:
         keep_freed_memory()
     device = choose_device(bench.device)
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads'
+    name = f'{torch.get_num_threads()} threads'
+    if device.type == 'cuda':
+        name = torch.cuda.get_device_name(device)
     print(f'torch {torch.__version__}, {device} ({name}), {bench.dtype}, {bench.rounds} rounds')
     parts = {'layer': bench_layer, 'step': bench_step, 'memory': bench_memory, 'cost': bench_cost,
-             'generate': bench_generate, 'tokenize': bench_tokenize}
+             'generate': bench_generate}
     results = [row for part in bench.only.split(',') for row in parts[part](bench, device)]
     if bench.json:
         with open(bench.json, 'w', encoding='utf-8') as file:
-            json.dump({'torch': torch.__version__, 'device': name, **asdict(bench), 'results': results}, file, indent=1)
+            facts = {'torch': torch.__version__, 'device': name, **asdict(bench)}
+            json.dump(facts | {'results': results}, file, indent=1)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""What the tests of the scripts share: a small corpus, and a way to run a script in this process."""
+"""What the tests of the scripts share: a small corpus, and a way to run a script."""
 
 import os
 import subprocess
@@ -9,8 +9,9 @@ import pytest
 import configurator
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SMALL = ['--n_layer=2', '--n_embd=32', '--n_head=2', '--d_ffn=48', '--n_expert=4', '--block_size=16', '--batch_size=8',
-         '--max_iters=20', '--eval_interval=10', '--eval_iters=2', '--warmup_iters=5', '--dataset=code']
+SMALL = ['--n_layer=2', '--n_embd=32', '--n_head=2', '--d_ffn=48', '--n_expert=4',
+         '--block_size=16', '--batch_size=8', '--max_iters=20', '--eval_interval=10',
+         '--eval_iters=2', '--warmup_iters=5', '--dataset=code']
 
 
 def pytest_configure(config):
@@ -20,14 +21,24 @@ def pytest_configure(config):
 
 
 def run_script(script, *arguments, cwd, check=True, processes=1):
-    """Run a script as a user does, with several processes through torchrun. Returns what is finished, its output as text."""
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
+    """Run a script as a user does, with several processes through torchrun. Returns what is
+    finished, its output as text."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     environment = os.environ | {'MPLBACKEND': 'Agg', 'COLUMNS': '80', 'PYTHONIOENCODING': 'utf-8'}
-    process = subprocess.run([sys.executable, *torchrun, os.path.join(ROOT, script), *arguments], cwd=cwd, capture_output=True,
-                             encoding='utf-8', env=environment, timeout=170)
+    process = subprocess.run([*command, os.path.join(ROOT, script), *arguments], cwd=cwd,
+                             capture_output=True, encoding='utf-8', env=environment, timeout=170)
     if check:
         assert process.returncode == 0, process.stderr
     return process
+
+
+def table_of(printed):
+    """The rows of a Markdown table in what a script printed: first cell -> the others."""
+    rows = [[cell.strip() for cell in line.strip('|').split('|')]
+            for line in printed.splitlines() if line.startswith('| ')]
+    return {first: others for first, *others in rows if set(first) != {'-'}}
 
 
 @pytest.fixture(scope='session')
@@ -39,7 +50,7 @@ def code_text():
 
 @pytest.fixture(scope='session')
 def workspace(tmp_path_factory, code_text):
-    """A folder with data/code, prepared through the command line. Tests write to out folders of their own in it."""
+    """A folder with data/code, prepared through the command line. Tests write to out/ in it."""
     folder = tmp_path_factory.mktemp('workspace')
     (folder / 'code.txt').write_text(code_text, encoding='utf-8', newline='')
     run_script('prepare_data.py', 'code.txt', cwd=folder)
@@ -48,7 +59,7 @@ def workspace(tmp_path_factory, code_text):
 
 @pytest.fixture
 def refuse(monkeypatch, capsys):
-    """refuse(main, *arguments) -> the line that a script ends with; its exit status must be 2, its output that line."""
+    """refuse(main, *arguments) -> the one line that a script ends with; its status must be 2."""
     def call(main, *arguments):
         monkeypatch.setattr(sys, 'argv', ['script', *arguments])
         with pytest.raises(SystemExit) as exit:

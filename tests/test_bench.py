@@ -4,40 +4,43 @@ import json
 
 import torch
 
-from bench import LAYERS, BenchConfig, bytes_kept, layer_config, make_input, make_layer
+from bench import LAYERS, SIDES, BenchConfig, bytes_kept, layer_config, make_input, make_layer
 from conftest import run_script
 
 
-def kept_per_token(mlp, label, **changes):
+def kept_per_token(side, label, **changes):
     bench, device = BenchConfig(**changes), torch.device('cpu')
     shape, tokens = LAYERS[label]
-    layer = make_layer(layer_config(mlp, shape, bench), bench, device)
+    layer = make_layer(layer_config(side, shape, bench), bench, device)
     return bytes_kept(layer, make_input(shape, tokens, bench, device, 0)) / tokens
 
 
 def test_the_layers_keep_what_they_should():
     K, D, d, d_low, d_wide = 2, 384, 1024, 128, 1264
-    # bfloat16, padding of at most a sixteenth, and 64 bytes a pair for weights, scores and indices
+    # bfloat16, padding of at most a sixteenth, 64 bytes a pair for weights, scores and indices
     def bound(numbers_per_pair):
         return K * (2 * numbers_per_pair * 17 / 16 + 64)
-    dense, moe, aoe = (kept_per_token(mlp, 'medium') for mlp in ('dense', 'moe', 'aoe'))
-    assert dense == 2 * 4 * K * d                                              # g, u, SiLU(g), SiLU(g) * u
-    assert K * 2 * (2 * d + D) <= moe <= bound(2 * d + D)                      # g, u, y
-    assert K * 2 * (d_low + d_wide + D) <= aoe <= bound(d_low + d_wide + D)    # C_i, u, y: nothing of all E experts
-    assert aoe < 0.8 * moe
+    dense, moe, aoe, whole = (kept_per_token(side, 'medium') for side in SIDES)
+    assert dense == 2 * 4 * K * d                                  # g, u, SiLU(g), SiLU(g) * u
+    assert K * 2 * (2 * d + D) <= moe <= bound(2 * d + D)          # g, u, y
+    kept = d_low + d_wide + D                                      # C_i, u, y: nothing of all E
+    assert K * 2 * kept <= aoe <= bound(kept) and aoe < 0.8 * moe
+    assert whole <= bound(2 * d + D + 64)                          # the 64 numbers that judge
 
 
 def test_the_norms_of_all_experts_are_not_kept_with_aux_loss_either():
-    assert kept_per_token('aoe', 'medium', aux_weight=0.01) < kept_per_token('aoe', 'medium') + 100
+    without = kept_per_token('aoe', 'medium')
+    assert kept_per_token('aoe', 'medium', aux_weight=0.01) < without + 100
 
 
 def test_the_script_writes_what_it_prints(tmp_path):
-    printed = run_script('tests/bench.py', '--only=layer,memory,cost', '--shapes=small', '--rounds=1', '--warmup=1',
-                         '--json=bench.json', cwd=tmp_path).stdout
+    printed = run_script('tests/bench.py', '--only=layer,memory,cost', '--shapes=small',
+                         '--rounds=1', '--warmup=1', '--json=bench.json', cwd=tmp_path).stdout
     results = json.loads((tmp_path / 'bench.json').read_text())['results']
-    three = {'dense', 'moe', 'aoe'}
-    for part, figure, sides in (('layer', '{ms:.2f}', three), ('memory', '{kib_per_token:.1f}', three),
-                                ('cost', '{kib_per_token:.1f}', {'moe', 'aoe 8', 'aoe 24', 'aoe 40', 'aoe 88'})):
+    cost = {'moe', 'aoe 8', 'aoe 24', 'aoe 40', 'aoe 88', 'aoe whole 24', 'aoe whole 40'}
+    for part, figure, sides in (('layer', '{ms:.2f}', set(SIDES)),
+                                ('cost', '{kib_per_token:.1f}', cost),
+                                ('memory', '{kib_per_token:.1f}', set(SIDES))):
         rows = [row for row in results if row['part'] == part]
         assert {row['side'] for row in rows} >= sides
         assert all(figure.format(**row) in printed for row in rows)

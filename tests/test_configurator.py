@@ -28,9 +28,12 @@ class Config(Base):
 
 
 @pytest.mark.parametrize('argument, value', (
-    ('--width=3', 3), ('--rate=1', 1.0), ('--rate=1e-3', 0.001), ('--rate=-2', -2.0), ('--rate=None', None),
-    ('--text=b=c', 'b=c'), ('--text=3', '3'), ('--text=', ''), ('--flag=True', True), ('--mode=auto', 'auto'),
-    ('--mode=False', False), ('--seeds=1,2', (1, 2)), ('--seeds=5', (5,)), ("--runs={'a': {}}", {'a': {}}),
+    ('--width=3', 3), ('--rate=1', 1.0), ('--rate=1e-3', 0.001), ('--rate=-2', -2.0),
+    ('--rate=None', None),
+    ('--text=b=c', 'b=c'), ('--text=3', '3'), ('--text=', ''), ('--flag=True', True),
+    ('--mode=auto', 'auto'),
+    ('--mode=False', False), ('--seeds=1,2', (1, 2)), ('--seeds=5', (5,)),
+    ("--runs={'a': {}}", {'a': {}}),
 ))
 def test_a_value_gets_the_type_of_its_key(argument, value):
     values, rest = parse(Config, [argument, 'other'], '')
@@ -74,7 +77,8 @@ seeds = [1, 2]
 runs = {'a': {'width': width // 7}, 'b': {'rate': -1e-3}}
 ''')
     assert read_config_file(Config, path) == {
-        'width': 24, 'rate': 3.8, 'text': 'x # y', 'seeds': (1, 2), 'runs': {'a': {'width': 3}, 'b': {'rate': -0.001}}}
+        'width': 24, 'rate': 3.8, 'text': 'x # y', 'seeds': (1, 2),
+        'runs': {'a': {'width': 3}, 'b': {'rate': -0.001}}}
 
 
 @pytest.mark.parametrize('text, says', (
@@ -93,7 +97,8 @@ runs = {'a': {'width': width // 7}, 'b': {'rate': -1e-3}}
 def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path, text, says):
     with pytest.raises(UserError) as error:
         read_config_file(Config, write(tmp_path, text))
-    assert says in str(error.value) and '\n' not in str(error.value) and 'config.py' in str(error.value)
+    line = str(error.value)
+    assert says in line and '\n' not in line and 'config.py' in line
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
@@ -106,7 +111,9 @@ def test_a_file_that_cannot_be_read(tmp_path):
 def test_help_lists_every_key_with_type_default_and_comment(capsys):
     print_help(Config, 'usage')
     out = capsys.readouterr().out
-    for part in ('usage\n', '\nbase:\n', '--width=8  (int)\n      how wide\n', '\nmore:\n', '--rate=None  (float or None)\n',
-                 '--mode=auto  (auto or True or False)\n      one of three', '--runs=None  (dict or None)\n'):
+    for part in ('usage\n', '\nbase:\n', '--width=8  (int)\n      how wide\n', '\nmore:\n',
+                 '--rate=None  (float or None)\n',
+                 '--mode=auto  (auto or True or False)\n      one of three',
+                 '--runs=None  (dict or None)\n'):
         assert part in out
     assert out.index('--rate') < out.index('--text')

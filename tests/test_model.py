@@ -1,239 +1,235 @@
-"""model.py against slow loops written from the paper, hand-computed cases and properties that must hold."""
+"""model.py against slow loops written from the paper, its plain part against its lean one,
+hand-computed cases and properties that must hold."""
 
 import itertools
 import math
+import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, MLP, MLPS, AoE, MoE, Past, group_by_expert, norm_of_node, rotate
+from conftest import ROOT
+from model import (GPT, MLP, MLPS, PLAIN, GPTConfig, MoE, Routing, count, entropy, grouped_mm,
+                   rotate, softmax_over, sort_by_expert)
 
 SPARSE = ('moe', 'aoe')
+# who scores x how the gate is made, and the large router of Table 2
+VARIANTS = ({'mlp': 'moe'}, {'mlp': 'moe', 'factorised': True}, {'mlp': 'moe', 'router': 'large'},
+            {'mlp': 'aoe'}, {'mlp': 'aoe', 'factorised': False})
+RULES = ({}, {'select': 'top_p'}, {'select': 'expert_choice', 'capacity_factor': 1.5})
 
 
 def small_config(mlp, **changes):
-    return GPTConfig(**{'mlp': mlp, 'vocab_size': 11, 'block_size': 8, 'n_layer': 2, 'n_head': 2, 'n_embd': 16,
-                        'n_expert': 5, 'top_k': 2, 'd_ffn': 24, 'd_low': 8} | changes)
+    return GPTConfig(**{'mlp': mlp, 'vocab_size': 11, 'block_size': 8, 'n_layer': 2, 'n_head': 2,
+                        'n_embd': 16, 'n_expert': 5, 'top_k': 2, 'd_ffn': 24, 'd_low': 8} | changes)
 
 
-def layer(mlp, **changes):
-    """A sparse or dense layer alone, in float64, with weights large enough to tell experts apart."""
+def layer(mlp, plain=False, **changes):
+    """A layer alone, in float64, with weights large enough to tell experts apart."""
     torch.manual_seed(0)
-    module = MLPS[mlp](small_config(mlp, **changes)).double()
+    module = (PLAIN if plain else MLPS)[mlp](small_config(mlp, plain=plain, **changes)).double()
     for p in module.parameters():
         torch.nn.init.normal_(p, std=0.5)
     return module
 
 
 def down(m, i):
-    """Wdown_i (D, d_low)."""
-    d_low = m.w_up.shape[1]
-    return m.w_down[:, i * d_low:(i + 1) * d_low]
+    """Wdown_i (D, d_low); of a gate that is not factorised, the columns that judge."""
+    if not m.config.factorised:
+        return m.w_g[i][:, :8]
+    return m.w_down[:, 8 * i:8 * i + 8]
 
 
-def algorithm_1(m, x, K):
-    """Routed MoE for one token x (D,), step by step, and the baselines of Table 2."""
-    p = router_scores(m, x[None])[0]
-    chosen = sorted(range(m.n_expert), key=lambda i: -p[i].item())[:K]
-    total = sum(p[i].exp() for i in chosen)
-    h = torch.zeros_like(x)
-    for i in chosen:
-        g, u = x @ (down(m, i) @ m.w_up[i] if m.factorised else m.w_g[i]), x @ m.w_p[i]
-        h = h + p[i].exp() / total * ((g * torch.sigmoid(g) * u) @ m.w_o[i])
-    return h
+def scores_slowly(m, x):
+    """p of one token x (D,), a list of E numbers."""
+    if isinstance(m, MoE):
+        x = F.silu(x @ m.router_in) if m.config.router == 'large' else x
+        return list(x @ m.router)
+    return [sum(c * c for c in x @ down(m, i)).sqrt() for i in range(5)]
 
 
-def algorithm_2(m, x, K):
-    """AoE for one token x (D,), step by step."""
-    C = [x @ down(m, i) for i in range(m.n_expert)]
-    p = [sum(c * c for c in C_i).sqrt() for C_i in C]
-    chosen = sorted(range(m.n_expert), key=lambda i: -p[i].item())[:K]
-    total = sum(p[i].exp() for i in chosen)
-    h = torch.zeros_like(x)
-    for i in chosen:
-        g, u = C[i] @ m.w_up[i], x @ m.w_p[i]
-        h = h + p[i].exp() / total * ((g * torch.sigmoid(g) * u) @ m.w_o[i])
-    return h
-
-
-def aux_loss(m, x, scores):
-    """L_aux of Eq. 2 and 6, with weight m.aux_weight, for tokens x (T, D) whose scores are lists of E numbers."""
-    E, T = m.n_expert, len(x)
-    total = 0
-    for i in range(E):
-        f = sum(i in sorted(range(E), key=lambda j: -p[j].item())[:m.top_k] for p in scores) / T
-        P = sum(p[i].exp() / sum(q.exp() for q in p) for p in scores) / T
-        total = total + f * P
-    return m.aux_weight * E * total
-
-
-def router_scores(m, x):
-    hidden = x if m.router_in is None else F.silu(x @ m.router_in)
-    return [list(h @ m.router) for h in hidden]
-
-
-def activation_norms(m, x):
-    return [[(token @ down(m, i)).square().sum().sqrt() for i in range(m.n_expert)] for token in x]
-
-
-def choose_slowly(select, p, top_p=0.6, capacity_factor=1.5):
-    """For each token the set of its experts, from scores p, T lists of E numbers."""
-    q = [[math.exp(a - max(scores)) for a in scores] for scores in [[a.item() for a in scores] for scores in p]]
+def choose_slowly(m, p):
+    """For each token the set of its experts, from scores p: T lists of E numbers."""
+    q = [[math.exp(a - max(scores)) for a in scores]
+         for scores in [[a.item() for a in scores] for scores in p]]
     q = [[a / sum(scores) for a in scores] for scores in q]
-    T, E = len(q), len(q[0])
-    if select == 'top_p':
-        sets = []
-        for scores in q:
-            sets.append(set())
-            for i in sorted(range(E), key=lambda i: -scores[i]):
-                if sum(scores[j] for j in sets[-1]) < top_p:
-                    sets[-1].add(i)
-        return sets
+    T, E, c = len(q), len(q[0]), m.config
+    best = [sorted(range(E), key=lambda i: -scores[i]) for scores in q]
+    if c.select == 'top_k':
+        return [set(order[:c.top_k]) for order in best]
     sets = [set() for _ in range(T)]
+    if c.select == 'top_p':
+        for scores, order, chosen in zip(q, best, sets):
+            for i in order:
+                if sum(scores[j] for j in chosen) < c.top_p:
+                    chosen.add(i)
+        return sets
     for i in range(E):
-        for t in sorted(range(T), key=lambda t: -q[t][i])[:round(capacity_factor * T / E)]:
+        column = [scores[i] for scores in q]
+        for t in sorted(range(T), key=lambda t: -column[t])[:round(c.capacity_factor * T / E)]:
             sets[t].add(i)
     return sets
 
 
-@pytest.mark.parametrize('select', ('top_p', 'expert_choice'))
-@pytest.mark.parametrize('tokens', (10, 150))
-@pytest.mark.parametrize('mlp, options, scores', (('moe', {}, router_scores), ('moe', {'factorised': True}, router_scores),
-                                                  ('aoe', {}, activation_norms)))
-def test_other_selection_rules_equal_a_slow_loop(mlp, options, scores, select, tokens):
-    m = layer(mlp, select=select, capacity_factor=1.5, conf_weight=0.2, **options)
-    x = torch.randn(2, tokens // 2, 16, dtype=torch.float64, requires_grad=True)
-    cotangent = torch.randn_like(x)
-    fast, routing = m(x)
-
-    flat = x.flatten(0, 1)
-    p = scores(m, flat)
-    sets = choose_slowly(select, p)
+def layer_slowly(m, x):
+    """(h, aux_loss) of tokens x (T, D): Algorithms 1 and 2 with one token and expert at a time."""
+    p = [scores_slowly(m, token) for token in x]
+    sets, E, T = choose_slowly(m, p), 5, len(x)
     rows = []
-    for token, p_t, chosen in zip(flat, p, sets):
+    for token, p_t, chosen in zip(x, p, sets):
         h = torch.zeros(16, dtype=torch.float64)
         for i in chosen:
-            g, u = token @ (down(m, i) @ m.w_up[i] if m.factorised else m.w_g[i]), token @ m.w_p[i]
-            h = h + p_t[i].exp() / sum(p_t[j].exp() for j in chosen) * ((g * torch.sigmoid(g) * u) @ m.w_o[i])
+            g = token @ (down(m, i) @ m.w_up[i] if m.config.factorised else m.w_g[i])
+            y = (g * torch.sigmoid(g) * (token @ m.w_p[i])) @ m.w_o[i]
+            h = h + p_t[i].exp() / sum(p_t[j].exp() for j in chosen) * y
         rows.append(h)
-    slow = torch.stack(rows).view_as(x)
-    q = torch.stack([torch.stack(list(p_t)) for p_t in p]).softmax(-1)
-    penalty = 0.2 * -(q * q.log()).sum(-1).mean()
-    torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
-    assert routing.aux_loss.item() == pytest.approx(penalty.item())
-    assert routing.experts_per_token.item() == pytest.approx(sum(map(len, sets)) / tokens)
-    assert len(set(map(len, sets))) > 1                                         # tokens do get different numbers
+    f = [sum(i in chosen for chosen in sets) / T for i in range(E)]
+    q = [[a.exp() / sum(b.exp() for b in p_t) for a in p_t] for p_t in p]
+    balance = E * sum(f[i] * sum(q_t[i] for q_t in q) / T for i in range(E))
+    confidence = -sum(a * a.log() for q_t in q for a in q_t) / T
+    return torch.stack(rows), m.config.aux_weight * balance + m.config.conf_weight * confidence
+
+
+def gradients(m, x, h, aux_loss):
+    """By name, of the parameters and x, of a sum over h and aux_loss."""
+    cotangent = torch.randn(h.shape, generator=torch.Generator().manual_seed(1)).to(h.dtype)
     leaves = dict(m.named_parameters()) | {'x': x}
-    a = torch.autograd.grad((fast * cotangent).sum() + routing.aux_loss, leaves.values())
-    b = torch.autograd.grad((slow * cotangent).sum() + penalty, leaves.values())
-    for name, fast_grad, slow_grad in zip(leaves, a, b):
-        torch.testing.assert_close(fast_grad, slow_grad, rtol=1e-8, atol=1e-10, msg=name)
+    total = (h * cotangent).sum() + aux_loss
+    return dict(zip(leaves, torch.autograd.grad(total, leaves.values(), allow_unused=True)))
 
 
-@pytest.mark.parametrize('node', ('g', 'u', 'silu', 'product', 'output'))
-@pytest.mark.parametrize('order', (1.0, 2.0, math.inf))
-def test_the_pilot_chooses_by_the_norm_of_a_node_and_weights_by_the_router(node, order):
-    m = layer('moe')
-    x = torch.randn(1, 20, 16, dtype=torch.float64)
-    m.choose_by = norm_of_node(node, order)
-    slow = []
-    for token in x[0]:
-        outputs, norms = [], []
-        for i in range(5):
-            g, u = token @ m.w_g[i], token @ m.w_p[i]
-            silu = g / (1 + (-g).exp())
-            nodes = {'g': g, 'u': u, 'silu': silu, 'product': silu * u, 'output': (silu * u) @ m.w_o[i]}
-            outputs.append(nodes['output'])
-            norms.append(max(abs(v) for v in nodes[node]) if order == math.inf else
-                         sum(abs(v) ** order for v in nodes[node]) ** (1 / order))
-        chosen = sorted(range(5), key=lambda i: -norms[i].item())[:2]
-        p = token @ m.router
-        slow.append(sum(p[i].exp() * outputs[i] for i in chosen) / sum(p[i].exp() for i in chosen))
-    torch.testing.assert_close(m(x)[0][0], torch.stack(slow), rtol=1e-10, atol=1e-10)
+def assert_equal(a, b, **tolerance):
+    """(h, gradients) of two layers."""
+    torch.testing.assert_close(a[0], b[0], **tolerance)
+    assert a[1].keys() == b[1].keys()
+    for name in a[1]:
+        torch.testing.assert_close(a[1][name], b[1][name], msg=name, **tolerance)
 
 
-def grouped_mm_calls(monkeypatch, allow):
-    """A list that grows with each call of F.grouped_mm, which is taken away unless allowed."""
-    calls = []
-    if not allow:
-        monkeypatch.delattr(F, 'grouped_mm', raising=False)
-    elif not hasattr(F, 'grouped_mm'):
+@pytest.mark.parametrize('rule', RULES, ids=str)
+@pytest.mark.parametrize('variant', VARIANTS, ids=str)
+def test_the_plain_layer_equals_a_loop_over_tokens_and_experts(variant, rule):
+    m = layer(plain=True, aux_weight=0.3, conf_weight=0.2, **variant, **rule)
+    x = torch.randn(10, 16, dtype=torch.float64, requires_grad=True)
+    (h, routing), (slow_h, slow_loss) = m(x), layer_slowly(m, x)
+    assert routing.aux_loss.item() == pytest.approx(slow_loss.item())
+    assert_equal((h, gradients(m, x, h, routing.aux_loss)),
+                 (slow_h, gradients(m, x, slow_h, slow_loss)), rtol=1e-9, atol=1e-10)
+    for t, chosen in enumerate(choose_slowly(m, [scores_slowly(m, token) for token in x])):
+        assert set(routing.experts[t].tolist()) - {-1} == chosen
+        assert ((routing.experts[t] == -1) == (routing.weights[t] == 0)).all()
+    torch.testing.assert_close(routing.scores, torch.stack(
+        [torch.stack(scores_slowly(m, token)) for token in x]).detach())
+    torch.testing.assert_close(routing.weights.sum(1), (routing.experts >= 0).any(1).double())
+
+
+@pytest.mark.parametrize('losses', ({}, {'aux_weight': 0.3}, {'conf_weight': 0.2}), ids=str)
+@pytest.mark.parametrize('top_k, tokens', ((1, 6), (2, 6), (2, 150), (5, 6)))   # 150: with padding
+@pytest.mark.parametrize('rule', RULES, ids=str)
+@pytest.mark.parametrize('variant', VARIANTS, ids=str)
+def test_lean_equals_plain_in_values_and_every_gradient(variant, rule, top_k, tokens, losses):
+    results = []
+    x = torch.randn(tokens, 16, dtype=torch.float64, requires_grad=True)
+    for plain in (True, False):
+        m = layer(plain=plain, top_k=top_k, **variant, **rule, **losses)
+        h, routing = m(x)
+        results.append((h, gradients(m, x, h, routing.aux_loss), routing))
+    plain, lean = results
+    assert_equal(plain, lean, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(plain[2], lean[2])
+
+
+@pytest.mark.parametrize('dtype, distance', ((torch.float32, 1e-5), (torch.bfloat16, 0.02)))
+@pytest.mark.parametrize('variant', VARIANTS, ids=str)
+def test_lean_equals_plain_through_the_grouped_matmul(variant, dtype, distance, monkeypatch):
+    if not hasattr(F, 'grouped_mm'):
         pytest.skip('this PyTorch has no F.grouped_mm')
-    else:
-        original = F.grouped_mm
-        monkeypatch.setattr(F, 'grouped_mm', lambda *a, **k: calls.append(1) or original(*a, **k))
-    return calls
+    calls, original = [], F.grouped_mm
+    monkeypatch.setattr(F, 'grouped_mm', lambda *a, **k: calls.append(1) or original(*a, **k))
+    results = []
+    x = torch.randn(150, 16, requires_grad=True)
+    for plain in (True, False):
+        m = layer(plain=plain, **variant).float()
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            h, routing = m(x)
+        h = h.float()
+        results.append({'h': h} | gradients(m, x, h, routing.aux_loss))
+        assert bool(calls) != plain
+    for name, a in results[0].items():
+        assert (a - results[1][name]).norm() <= distance * a.norm(), name
 
 
-@pytest.mark.parametrize('aux_weight', (0.0, 0.3))
-@pytest.mark.parametrize('top_k, tokens', ((1, 6), (2, 6), (2, 150), (5, 6)))       # 150: with padding
-@pytest.mark.parametrize('mlp, options, algorithm, scores', (
-    ('moe', {}, algorithm_1, router_scores),
-    ('moe', {'factorised': True}, algorithm_1, router_scores),
-    ('moe', {'router': 'large'}, algorithm_1, router_scores),
-    ('aoe', {}, algorithm_2, activation_norms)))
-@pytest.mark.parametrize('form, dtype, rtol, atol', (
-    ('loop', torch.float64, 1e-10, 1e-12), ('F.grouped_mm', torch.float32, 1e-4, 1e-3)))
-def test_layer_equals_the_algorithm_in_values_and_every_gradient(mlp, options, algorithm, scores, top_k, aux_weight,
-                                                                 tokens, form, dtype, rtol, atol, monkeypatch):
-    calls = grouped_mm_calls(monkeypatch, allow=form == 'F.grouped_mm')
-    m = layer(mlp, top_k=top_k, aux_weight=aux_weight, **options).to(dtype)
-    x = torch.randn(2, tokens // 2, 16, dtype=dtype, requires_grad=True)
-    weight = torch.randn(2, tokens // 2, 16, dtype=dtype)
-    leaves = dict(m.named_parameters()) | {'x': x}
-
-    fast, routing = m(x)
-    slow = torch.stack([torch.stack([algorithm(m, token, top_k) for token in sequence]) for sequence in x])
-    torch.testing.assert_close(fast, slow, rtol=rtol, atol=atol)
-    slow_aux = aux_loss(m, x.flatten(0, 1), scores(m, x.flatten(0, 1))) if aux_weight else torch.zeros(())
-    assert routing.aux_loss.item() == pytest.approx(slow_aux.item(), rel=rtol)
-    fast_grads = torch.autograd.grad((fast * weight).sum() + routing.aux_loss, leaves.values(), allow_unused=True)
-    slow_grads = torch.autograd.grad((slow * weight).sum() + slow_aux, leaves.values(), allow_unused=True)
-    for name, a, b in zip(leaves, fast_grads, slow_grads):
-        torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=name)
-    assert bool(calls) == (form == 'F.grouped_mm')
+def test_parts_1_and_2_are_complete_without_part_3():
+    with open(os.path.join(ROOT, 'model.py'), encoding='utf-8') as file:
+        text = file.read()
+    alone = {'__name__': 'alone'}
+    exec(text[:text.index('# Part 3')], alone)
+    idx = torch.randint(11, (2, 8))
+    for variant in ({'mlp': 'dense'}, *VARIANTS):
+        model = alone['GPT'](alone['GPTConfig'](**vars(small_config(**variant))))
+        model(idx, idx)[1].backward()
+        other = GPT(small_config(plain=True, **variant))
+        other.load_state_dict(model.state_dict())
+        torch.testing.assert_close(other(idx)[0], model(idx)[0])
 
 
-def test_groups_hold_every_pair_once_in_the_part_of_its_expert():
+def test_rows_hold_every_pair_once_in_the_part_of_its_expert():
     torch.manual_seed(0)
-    chosen = torch.rand(300, 4).topk(2).indices.clamp(max=2)                    # expert 3 of 4 gets none
-    chosen[:, 1] = (chosen[:, 0] + 1) % 3
-    groups = group_by_expert(chosen, torch.bincount(chosen.flatten(), minlength=4))
-    ends = groups.ends.tolist()
-    assert all(end % 9 == 0 for end in ends)                                    # 600 pairs // 4 experts // 16
-    assert ends[-1] == len(groups.token) == len(groups.expert) == 630           # (600 + 4 * 8) // 9 * 9
-    assert len(set(groups.row.flatten().tolist())) == 600
+    I = torch.rand(300, 4).topk(2).indices.clamp(max=2)            # expert 3 of 4 gets none
+    I[:, 1] = (I[:, 0] + 1) % 3
+    rows = sort_by_expert(I, 4, complete=True)
+    ends = rows.ends.tolist()
+    assert all(end % 9 == 0 for end in ends)                       # 600 pairs // 4 experts // 16
+    assert ends[-1] == len(rows.token) == len(rows.expert) == 630  # (600 + 4 * 8) // 9 * 9
+    assert len(set(rows.row.flatten().tolist())) == 600
     for t, k in itertools.product(range(300), range(2)):
-        row = groups.row[t, k]
-        assert groups.token[row] == t and groups.expert[row] == chosen[t, k]
-    for i, (start, end) in enumerate(zip([0] + ends, ends)):
-        assert (groups.expert[start:end] == i).all()
+        row = rows.row[t, k]
+        assert rows.token[row] == t and rows.expert[row] == I[t, k]
+    for i, (start, end) in enumerate(zip([0, *ends], ends)):
+        assert (rows.expert[start:end] == i).all()
+
+
+@pytest.mark.parametrize('m, n', ((8, 8), (1, 8), (8, 1), (1, 1), (3, 5)))
+@pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16, torch.float64))
+def test_a_grouped_matmul_of_any_width_is_a_matmul_for_each_group(m, n, dtype):
+    torch.manual_seed(0)
+    a, b, c = torch.randn(12, m), torch.randn(3, m, n), torch.randn(12, n)
+    ends = torch.tensor([4, 4, 12], dtype=torch.int32)
+    parts = slice(0, 4), slice(4, 4), slice(4, 12)
+    product = grouped_mm(a.to(dtype), b.to(dtype), ends)
+    gradient = grouped_mm(a.to(dtype).T, c.to(dtype), ends)
+    expected = torch.cat([a[part] @ b[i] for i, part in enumerate(parts)])
+    torch.testing.assert_close(product.float(), expected, rtol=0.02, atol=0.05)
+    expected = torch.stack([a[part].T @ c[part] for part in parts])
+    torch.testing.assert_close(gradient.float(), expected, rtol=0.02, atol=0.1)
 
 
 @pytest.mark.skipif(not hasattr(F, 'grouped_mm'), reason='this PyTorch has no F.grouped_mm')
-@pytest.mark.parametrize('mlp, aux_weight', (('dense', 0.0), ('moe', 0.01), ('aoe', 0.0), ('aoe', 0.01)))
-def test_a_training_step_compiles_into_one_graph(mlp, aux_weight):
+@pytest.mark.parametrize('changes', (
+    {'mlp': 'dense'}, *VARIANTS, {'mlp': 'aoe', 'aux_weight': 0.01}), ids=str)
+def test_a_training_step_compiles_into_one_graph(changes):
     torch.manual_seed(0)
     torch.compiler.reset()
-    model = GPT(small_config(mlp, n_embd=32, d_ffn=48, aux_weight=aux_weight))
+    model = GPT(small_config(**{'n_embd': 32, 'd_ffn': 48} | changes))
     idx = torch.randint(11, (16, 8))
     losses, grads = [], []
-    for forward in (model, torch.compile(model, fullgraph=True, backend='aot_eager')):   # backend: without a C++ compiler
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')   # without a C++ compiler
+    for forward in (model, compiled):
         model.zero_grad()
         with torch.autocast('cpu', torch.bfloat16):
             _, loss, routing = forward(idx, idx)
         (loss + routing.aux_loss.sum()).backward()
         losses.append(loss.item())
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)                      # as far as bfloat16 goes
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)         # as far as bfloat16 goes
     assert torch.cosine_similarity(*grads, dim=0) > 0.999
 
 
-@pytest.mark.parametrize('mlp', SPARSE)
-def test_bfloat16_stays_close_to_float32(mlp):
+@pytest.mark.parametrize('variant', VARIANTS, ids=str)
+def test_bfloat16_stays_close_to_float32(variant):
     torch.manual_seed(0)
-    model = GPT(small_config(mlp, n_embd=64, d_ffn=96))
+    model = GPT(small_config(n_embd=64, **variant | {'d_ffn': 96}))
     idx = torch.randint(11, (16, 8))
     exact = model(idx, idx)
     with torch.autocast('cpu', torch.bfloat16):
@@ -247,25 +243,27 @@ def test_bfloat16_stays_close_to_float32(mlp):
     assert torch.cosine_similarity(*grads, dim=0) > 0.99
 
 
-@pytest.mark.parametrize('mlp', SPARSE)
-def test_identical_experts_equal_one_dense_mlp(mlp):
-    m = layer(mlp)
+@pytest.mark.parametrize('variant', VARIANTS, ids=str)
+def test_identical_experts_equal_one_dense_mlp(variant):
+    m = layer(**variant)
     with torch.no_grad():
-        for w in (m.w_p, m.w_o, m.w_g if mlp == 'moe' else m.w_up):
+        for w in (m.w_p, m.w_o, m.w_up if m.config.factorised else m.w_g):
             w.copy_(w[:1].expand_as(w))
-        if mlp == 'aoe':
+        if m.config.factorised:
             m.w_down.copy_(m.w_down[:, :8].repeat(1, 5))
     dense = MLP(small_config('dense', top_k=1)).double()
-    w_g = m.w_g[0] if mlp == 'moe' else m.w_down[:, :8] @ m.w_up[0]
-    dense.w_g, dense.w_p, dense.w_o = (torch.nn.Parameter(w.detach().clone()) for w in (w_g, m.w_p[0], m.w_o[0]))
-    x = torch.randn(3, 7, 16, dtype=torch.float64)
+    w_g = m.w_down[:, :8] @ m.w_up[0] if m.config.factorised else m.w_g[0]
+    for name, w in (('w_g', w_g), ('w_p', m.w_p[0]), ('w_o', m.w_o[0])):
+        setattr(dense, name, torch.nn.Parameter(w.detach().clone()))
+    x = torch.randn(21, 16, dtype=torch.float64)
     torch.testing.assert_close(m(x)[0], dense(x)[0], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize('mlp, select', (*((mlp, 'top_k') for mlp in MLPS), *((mlp, 'top_p') for mlp in SPARSE)))
-def test_logits_do_not_depend_on_later_tokens(mlp, select):
+@pytest.mark.parametrize('changes', ({'mlp': 'dense'}, *VARIANTS, {'mlp': 'moe', 'select': 'top_p'},
+                                     {'mlp': 'aoe', 'select': 'top_p'}), ids=str)
+def test_logits_do_not_depend_on_later_tokens(changes):
     torch.manual_seed(0)
-    model = GPT(small_config(mlp, select=select)).double()
+    model = GPT(small_config(**changes)).double()
     idx = torch.randint(11, (1, 8))
     logits = model(idx)[0]
     for t in range(1, 8):
@@ -277,43 +275,62 @@ def test_logits_do_not_depend_on_later_tokens(mlp, select):
 
 
 @pytest.mark.parametrize('mlp', SPARSE)
-def test_expert_choice_lets_later_tokens_decide_over_earlier_ones_but_not_in_generation(mlp):
+def test_expert_choice_lets_later_tokens_decide_over_earlier_ones_and_does_not_generate(mlp):
     torch.manual_seed(0)
     model = GPT(small_config(mlp, select='expert_choice', capacity_factor=1.0)).double()
     for p in model.parameters():
         p.data *= 10
     idx = torch.randint(11, (1, 8))
     changes = [torch.cat([idx[:, :4], torch.randint(11, (1, 4))], 1) for _ in range(10)]
-    assert any(not torch.allclose(model(changed)[0][0, :4], model(idx)[0][0, :4]) for changed in changes)
-    usual = GPT(small_config(mlp)).double()
-    usual.load_state_dict(model.state_dict())
-    assert torch.equal(model.generate(idx[:, :3], 5, temperature=0), usual.generate(idx[:, :3], 5, temperature=0))
-    assert model.blocks[0].mlp.select == 'expert_choice'
+    assert any(not torch.allclose(model(changed)[0][0, :4], model(idx)[0][0, :4])
+               for changed in changes)
+    with pytest.raises(ValueError, match='select: expected top_k or top_p, got expert_choice'):
+        model.generate(idx, 1)
 
 
-@pytest.mark.parametrize('n_embd, d_ffn', (*itertools.product((64, 96, 128, 192, 256, 384), (176, 256, 512, 1000)),
-                                           (384, 1536), (768, 3072), (1280, 5120)))
-def test_aoe_has_the_parameters_of_moe_and_moe_the_active_ones_of_dense(n_embd, d_ffn):
-    def build(mlp):
+def test_the_switch_is_two_questions():
+    assert [small_config(mlp).factorised for mlp in ('moe', 'aoe')] == [False, True]
+    assert [GPTConfig(mlp='aoe', n_embd=D, n_head=1, factorised=False).d_low
+            for D in (16, 64, 96, 192, 768)] == [8, 8, 16, 32, 128]
+    for mlp, factorised in itertools.product(SPARSE, (False, True)):
+        for plain in (False, True):
+            names = dict(layer(mlp, plain, factorised=factorised).named_parameters())
+            gate = {'w_down', 'w_up'} if factorised else {'w_g'}
+            router = {'router'} if mlp == 'moe' else set()
+            assert set(names) == {'w_p', 'w_o'} | gate | router
+            assert names['w_p'].shape[2] == (small_config(mlp).d_wide if factorised else 24)
+
+
+@pytest.mark.parametrize('n_embd, d_ffn', (
+    *itertools.product((64, 96, 128, 192, 256, 384), (176, 256, 512, 1000)),
+    (384, 1536), (768, 3072), (1280, 5120)))
+def test_all_sparse_variants_have_the_size_of_moe_and_moe_the_active_one_of_dense(n_embd, d_ffn):
+    def build(mlp, **changes):
         with torch.device('meta'):
-            return GPT(GPTConfig(mlp=mlp, n_layer=3, n_embd=n_embd, d_ffn=d_ffn, vocab_size=84))
-    moe, aoe, dense = build('moe'), build('aoe'), build('dense')
-    c = aoe.config
+            return GPT(GPTConfig(mlp=mlp, n_layer=3, n_embd=n_embd, d_ffn=d_ffn, vocab_size=84,
+                                 **changes))
+    moe, dense = build('moe'), build('dense')
+    c = build('aoe').config
     assert c.d_low % 8 == 0 and c.d_wide % 8 == 0
     assert abs(c.d_low - n_embd / 3) <= n_embd / 4
-    assert abs(aoe.total_parameters() / moe.total_parameters() - 1) < 0.01
     routers = 3 * n_embd * 8
-    assert moe.active_parameters() - routers == dense.active_parameters() == dense.total_parameters()
+    for variant in VARIANTS[1:]:
+        other = build(**variant).total_parameters()
+        if variant.get('router') == 'large':                       # larger on purpose
+            other -= 3 * 8 * c.d_low * n_embd
+        assert abs(other / moe.total_parameters() - 1) < 0.01
+    assert moe.active_parameters() - routers == dense.active_parameters()
+    assert dense.active_parameters() == dense.total_parameters()
 
 
 def test_d_wide_follows_equation_5_at_the_papers_shapes():
     assert GPTConfig(n_head=12, n_embd=768, d_ffn=3072, d_low=256).d_wide == 3840
     wide = GPTConfig(n_head=20, n_embd=1280, d_ffn=5120, d_low=400).d_wide
-    assert wide == 6472                      # the paper's 6470, as a multiple of 8
+    assert wide == 6472                  # the paper's 6470, as a multiple of 8
 
 
 def test_parameters_and_flops_by_hand():
-    D, S, V, L, E, K, d = 16, 8, 11, 2, 5, 2, 24
+    D, S, V, L, E, K, d, d_low = 16, 8, 11, 2, 5, 2, 24, 8
     norms, attention, head = (2 * L + 1) * D, L * 4 * D * D, V * D
     moe = GPT(small_config('moe'))
     assert moe.total_parameters() == norms + attention + head + L * (D * E + E * 3 * D * d)
@@ -322,38 +339,43 @@ def test_parameters_and_flops_by_hand():
     assert moe.flops_per_token() == 6 * matrices + 12 * L * S * D
 
     aoe = GPT(small_config('aoe'))
-    d_low, d_wide = aoe.config.d_low, aoe.config.d_wide
-    matrices = attention + head + L * (D * E * d_low + K * (d_low * d_wide + 2 * D * d_wide))   # all E evaluate
-    assert aoe.active_parameters() == norms + matrices
+    wide = aoe.config.d_wide
+    matrices = attention + head + L * (D * E * d_low + K * (d_low * wide + 2 * D * wide))
+    assert aoe.active_parameters() == norms + matrices             # all E evaluate
     assert aoe.flops_per_token() == 6 * matrices + 12 * L * S * D
+
+    whole = GPT(small_config('aoe', factorised=False))
+    matrices = attention + head + L * ((E - K) * D * d_low + K * 3 * D * d)
+    assert whole.active_parameters() == norms + matrices
+    assert whole.total_parameters() == moe.total_parameters() - L * D * E
 
 
 def test_initialisation_gives_all_variants_the_same_scale():
     torch.manual_seed(0)
-    config = dict(vocab_size=84, n_layer=3, n_embd=128, d_ffn=256)
+    config = {'vocab_size': 84, 'n_layer': 3, 'n_embd': 128, 'd_ffn': 256}
     models = {mlp: GPT(GPTConfig(mlp=mlp, **config)) for mlp in MLPS}
     moe, aoe, dense = (models[mlp].blocks[1].mlp for mlp in ('moe', 'aoe', 'dense'))
-    w_down = aoe.w_down.view(128, 8, -1).transpose(0, 1)                        # (E, D, d_low)
-    product = w_down @ aoe.w_up                                                 # (E, D, d_wide), in the place of w_g
+    w_down = aoe.w_down.view(128, 8, -1).transpose(0, 1)           # (E, D, d_low)
+    product = w_down @ aoe.w_up                                    # in the place of w_g
     assert moe.w_g.std().item() == pytest.approx(128 ** -0.5, rel=0.02)
     assert product.std().item() == pytest.approx(moe.w_g.std().item(), rel=0.03)
     for mlp in (moe, aoe, dense):
         assert mlp.w_p.std().item() == pytest.approx(128 ** -0.5, rel=0.02)
         assert mlp.w_o.std().item() == pytest.approx(0.02 / math.sqrt(6), rel=0.02)
     for model in models.values():
-        assert model.blocks[1].attention.out.weight.std().item() == pytest.approx(0.02 / math.sqrt(6), rel=0.02)
+        out = model.blocks[1].attention.out.weight
+        assert out.std().item() == pytest.approx(0.02 / math.sqrt(6), rel=0.02)
 
 
 def test_aux_loss_by_hand():
-    # Two tokens, two experts, K = 1. Router scores: token 0 gets (ln 3, 0), token 1 gets (ln 3, 0) as well.
+    # Two tokens, two experts, K = 1. Both tokens have the router's scores (ln 3, 0).
     m = MoE(small_config('moe', n_expert=2, top_k=1, aux_weight=0.01))
-    scores = torch.tensor([[math.log(3), 0.0]] * 2)
-    routing = m.routing(scores, load=torch.tensor([2, 0]))
+    p, I = torch.tensor([[math.log(3), 0.0]] * 2), torch.tensor([[0], [0]])
     # f = (1, 0), P = (3/4, 1/4): a E sum f P = 0.01 * 2 * 3/4; a balanced f would give 0.01.
-    assert routing.aux_loss.item() == pytest.approx(0.015)
-    assert routing.load.tolist() == [1, 0]
-    torch.testing.assert_close(routing.prob, torch.tensor([0.75, 0.25]))
-    assert routing.ent_conf.item() == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    assert m.routing(p, I, torch.ones(2, 1)).aux_loss.item() == pytest.approx(0.015)
+    assert count(I, 2).tolist() == [2, 0]
+    by_hand = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    torch.testing.assert_close(entropy(p), torch.tensor([by_hand] * 2))
 
 
 @pytest.mark.parametrize('mlp', SPARSE)
@@ -374,64 +396,73 @@ def test_aux_loss_stays_out_of_the_loss_and_balances(mlp):
 
 
 @pytest.mark.parametrize('mlp', SPARSE)
-def test_routing_counts_what_happened(mlp):
+def test_the_model_stacks_the_facts_of_its_layers(mlp):
     torch.manual_seed(0)
     model = GPT(small_config(mlp))
+    found = []
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda _, args, output: found.append(output[1]))
     routing = model(torch.randint(11, (4, 8)))[2]
-    torch.testing.assert_close(routing.load.sum(1), torch.ones(2))
-    torch.testing.assert_close(routing.prob.sum(1), torch.ones(2))
-    assert routing.load.shape == routing.prob.shape == (2, 5)
-    assert routing.norm.shape == ((2, 5) if mlp == 'aoe' else (2, 0))
-    assert routing.ent_conf.shape == routing.aux_loss.shape == (2,)
-    assert routing.experts_per_token.tolist() == [2, 2]
-    assert (routing.ent_conf <= math.log(5) + 1e-6).all() and (routing.aux_loss == 0).all()
-
-    m, x = model.blocks[0].mlp, torch.randn(1, 6, 16)
-    scores = m.score(x.flatten(0, 1))[0]
-    counts = torch.zeros(5)
-    for token in scores.tolist():
-        for expert in sorted(range(5), key=lambda i: -token[i])[:2]:
-            counts[expert] += 1
-    torch.testing.assert_close(m(x)[1].load, counts / 12)
+    assert routing.scores.shape == (2, 32, 5) and routing.aux_loss.tolist() == [0, 0]
+    assert routing.experts.shape == routing.weights.shape == (2, 32, 2)
+    for field, layers in zip(routing, zip(*found)):
+        assert torch.equal(field, torch.stack(layers)) and not field.requires_grad
 
 
 def test_dense_gives_the_same_things_in_the_same_order_with_nothing_in_the_routing():
     logits, loss, routing = GPT(small_config('dense'))(torch.zeros(1, 3, dtype=torch.int64))
-    assert logits.shape == (1, 3, 11) and loss is None
+    assert logits.shape == (1, 3, 11) and loss is None and isinstance(routing, Routing)
     assert all(field.numel() == 0 for field in routing) and routing.aux_loss.sum() == 0
 
 
-@pytest.mark.parametrize('mlp', SPARSE)
-def test_an_expert_without_tokens_gets_zero_gradients(mlp):
-    m = layer(mlp)
-    m(torch.randn(1, 1, 16, dtype=torch.float64))[0].sum().backward()          # one token: 2 of 5 experts
+@pytest.mark.parametrize('variant', VARIANTS, ids=str)
+def test_an_expert_without_tokens_gets_zero_gradients(variant):
+    m = layer(**variant)
+    m(torch.randn(1, 16, dtype=torch.float64))[0].sum().backward()   # one token: 2 of 5 experts
     idle = [i for i in range(5) if not m.w_p.grad[i].any()]
     assert len(idle) == 3
-    assert all(torch.isfinite(p.grad).all() for p in m.parameters())
+    assert all(torch.isfinite(p.grad).all() for p in m.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize('plain', (False, True))
 @pytest.mark.parametrize('aux_weight', (0.0, 0.1))
 @pytest.mark.parametrize('norms', ('zero', 'equal'))
-def test_a_token_whose_norms_are_all_the_same_has_finite_gradients(norms, aux_weight):
-    m = layer('aoe', aux_weight=aux_weight)
-    x = torch.randn(1, 2, 16, dtype=torch.float64) * (norms == 'equal')
+def test_a_token_whose_norms_are_all_the_same_has_finite_gradients(norms, aux_weight, plain):
+    m = layer('aoe', plain, aux_weight=aux_weight)
+    x = torch.randn(2, 16, dtype=torch.float64) * (norms == 'equal')
     if norms == 'equal':
-        m.w_down.data = down(m, 0).repeat(1, m.n_expert)
+        m.w_down.data = down(m, 0).repeat(1, 5)
     h, routing = m(x.requires_grad_())
     (h.square().sum() + routing.aux_loss).backward()
     assert torch.isfinite(h).all() and torch.isfinite(x.grad).all()
     assert all(torch.isfinite(p.grad).all() for p in m.parameters())
 
 
-@pytest.mark.parametrize('mlp, changes', (
-    ('dense', {}), ('moe', {}), ('moe', {'factorised': True, 'aux_weight': 0.1}), ('moe', {'router': 'large', 'aux_weight': 0.1}),
-    ('moe', {'select': 'top_p', 'conf_weight': 0.1}), ('moe', {'select': 'expert_choice'}),
-    ('aoe', {}), ('aoe', {'aux_weight': 0.1}),
-    ('aoe', {'select': 'top_p', 'conf_weight': 0.1}), ('aoe', {'select': 'expert_choice'})))
-def test_the_gradient_of_every_parameter_equals_a_finite_difference(mlp, changes):
-    """Along a random direction of each parameter and along its steepest number, with what the trainer adds to the loss."""
+@pytest.mark.parametrize('rule', RULES, ids=str)
+@pytest.mark.parametrize('plain', (False, True))
+@pytest.mark.parametrize('mlp', SPARSE)
+def test_a_token_that_is_not_finite_stays_so_and_spoils_no_other(mlp, plain, rule):
+    m = layer(mlp, plain, **rule)
+    x = torch.randn(6, 16, dtype=torch.float64)
+    x[2] = math.nan
+    h, routing = m(x)
+    assert not h[2].isfinite().any()
+    if 'select' not in rule:                                       # else the batch decides together
+        assert h[[0, 1, 3, 4, 5]].isfinite().all()
+    with torch.no_grad():
+        for p in m.parameters():
+            p.fill_(math.inf)
+    m(x)                                                           # no crash
+
+
+@pytest.mark.parametrize('changes', (
+    {'mlp': 'dense'}, *VARIANTS, *({**variant, 'aux_weight': 0.1} for variant in VARIANTS),
+    *({'mlp': mlp, 'select': 'top_p', 'conf_weight': 0.1} for mlp in SPARSE),
+    *({'mlp': mlp, 'select': 'expert_choice'} for mlp in SPARSE)), ids=str)
+def test_the_gradient_of_every_parameter_equals_a_finite_difference(changes):
+    """Along a random direction of each parameter and along its steepest number, with aux_loss."""
     torch.manual_seed(0)
-    model = GPT(small_config(mlp, **changes)).double()
+    model = GPT(small_config(**changes)).double()
     idx, targets = torch.randint(11, (2, 3, 8))
 
     def loss():
@@ -450,25 +481,30 @@ def test_the_gradient_of_every_parameter_equals_a_finite_difference(mlp, changes
                     ends.append(loss())
                     p -= sign * h * direction
             difference = ((ends[0] - ends[1]) / (2 * h)).item()
-            assert difference == pytest.approx((p.grad * direction).sum().item(), rel=1e-5, abs=1e-8), name
+            expected = (p.grad * direction).sum().item()
+            assert difference == pytest.approx(expected, rel=1e-5, abs=1e-8), name
 
 
-@pytest.mark.parametrize('mlp', SPARSE)
-def test_scores_are_float32_under_autocast(mlp):
+@pytest.mark.parametrize('plain', (False, True))
+@pytest.mark.parametrize('variant', VARIANTS, ids=str)
+def test_scores_are_float32_under_autocast(variant, plain):
     torch.manual_seed(0)
-    m = MLPS[mlp](small_config(mlp))
-    for p in m.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+    m = layer(plain=plain, **variant).float()
     with torch.autocast('cpu', torch.bfloat16):
-        h, routing = m(torch.randn(1, 4, 16))
-        assert m.score(torch.randn(4, 16))[0].dtype == torch.float32
-    assert h.dtype == torch.bfloat16 and all(field.dtype == torch.float32 for field in routing)
+        h, routing = m(torch.randn(4, 16))
+    assert h.dtype == (torch.float32 if plain else torch.bfloat16)
+    assert all(routing[i].dtype == torch.float32 for i in (0, 2, 3))
+
+
+def test_weights_are_a_softmax_over_the_chosen_alone():
+    w = softmax_over(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[3, 0, -1]]))
+    torch.testing.assert_close(w, torch.tensor([[1 / (1 + math.e), math.e / (1 + math.e), 0.0]]))
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
     model = GPT(small_config('dense'))
-    q, k = torch.randn(2, 1, 1, 1, 8)
-    q, k = (rotate(v.expand(1, 1, 8, 8), model.cos, model.sin)[0, 0] for v in (q, k))   # the same at 8 positions
+    q, k = torch.randn(2, 1, 1, 1, 8)                              # the same at 8 positions
+    q, k = (rotate(v.expand(1, 1, 8, 8), model.cos, model.sin)[0, 0] for v in (q, k))
     scores = q @ k.T
     for i, j in itertools.product(range(7), range(7)):
         torch.testing.assert_close(scores[i, j], scores[i + 1, j + 1])
@@ -481,10 +517,11 @@ def test_logits_with_a_past_equal_logits_without(mlp):
     torch.manual_seed(0)
     model = GPT(small_config(mlp)).double()
     idx = torch.randint(11, (2, 8))
-    past = [Past() for _ in model.blocks]
-    parts = [model(idx[:, a:b], past=past)[0] for a, b in ((0, 3), (3, 4), (4, 5), (5, 6), (6, 7), (7, 8))]
+    past = [[] for _ in model.blocks]
+    ends = (0, 3, 4, 5, 6, 7, 8)
+    parts = [model(idx[:, a:b], past=past)[0] for a, b in zip(ends, ends[1:])]
     torch.testing.assert_close(torch.cat(parts, 1), model(idx)[0], rtol=1e-10, atol=1e-12)
-    with pytest.raises(ValueError, match='at most block_size = 8 tokens, got 9'):
+    with pytest.raises(ValueError, match='at most 8 tokens, got 9'):
         model(idx[:, :1], past=past)
 
 
@@ -495,36 +532,41 @@ def test_generation(mlp):
     idx = torch.tensor([[1, 2, 3], [4, 5, 6]])
     greedy = model.generate(idx, 20, temperature=0)
     expected, start = idx, 0
-    for _ in range(20):                                                         # past the context of 8
-        logits = model(expected[:, start:])[0]                                  # anew each time: nothing is cached
+    for _ in range(20):                                            # past the context of 8
+        logits = model(expected[:, start:])[0]                     # anew each time: no cache
         expected = torch.cat([expected, logits[:, -1].argmax(-1, keepdim=True)], 1)
         if logits.shape[1] == 8:
             start = expected.shape[1] - 4
     assert greedy.tolist() == expected.tolist()
     assert model.generate(idx, 20, vocab_top_k=1).tolist() == expected.tolist()
     longer = torch.randint(11, (1, 15))
-    assert model.generate(longer, 1, temperature=0)[0, -1] == model(longer[:, -8:])[0][0, -1].argmax()
-
+    last = model(longer[:, -8:])[0][0, -1].argmax()
+    assert model.generate(longer, 1, temperature=0)[0, -1] == last
     one, same, other = (model.generate(idx, 30, seed=s).tolist() for s in (1, 1, 2))
     assert one == same != other
+    assert model.generate(idx, 30, temperature=9.0, vocab_size=7).max() < 7
 
 
 def test_the_temperature_and_the_vocabulary_bound_are_respected():
     torch.manual_seed(0)
     model = GPT(small_config('moe'))
     with torch.no_grad():
-        model.embedding.weight *= 20                                            # decided predictions
+        model.embedding.weight *= 20                               # decided predictions
     idx = torch.zeros(2000, 1, dtype=torch.int64)
     p = (model(idx[:1])[0][0, -1] / 1.5).softmax(-1)
     kept = p.topk(3)
-    drawn = torch.bincount(model.generate(idx, 1, temperature=1.5, vocab_top_k=3, seed=0)[:, 1], minlength=11)
+    drawn = model.generate(idx, 1, temperature=1.5, vocab_top_k=3, seed=0)[:, 1]
+    drawn = torch.bincount(drawn, minlength=11)
     assert drawn.sum() == drawn[kept.indices].sum() == 2000
-    torch.testing.assert_close(drawn[kept.indices] / 2000, kept.values / kept.values.sum(), atol=0.04, rtol=0)
+    torch.testing.assert_close(drawn[kept.indices] / 2000, kept.values / kept.values.sum(),
+                               atol=0.04, rtol=0)
 
 
 @pytest.mark.parametrize('changes, says', (
-    ({'n_embd': 30, 'n_head': 4}, 'n_embd'), ({'top_k': 6}, 'top_k'), ({'mlp': 'mlp'}, 'mlp'), ({'d_low': 24}, 'd_low'),
-    ({'n_layer': 0}, 'n_layer'), ({'dropout': 1.0}, 'dropout'), ({'select': 'best'}, 'select'), ({'aux_weight': -1.0}, 'aux'),
+    ({'n_embd': 30, 'n_head': 4}, 'n_embd'), ({'top_k': 6}, 'top_k'), ({'mlp': 'mlp'}, 'mlp'),
+    ({'d_low': 24}, 'd_low'), ({'n_layer': 0}, 'n_layer'), ({'dropout': 1.0}, 'dropout'),
+    ({'select': 'best'}, 'select'), ({'aux_weight': -1.0}, 'aux'),
+    ({'factorised': False, 'd_ffn': 4}, 'd_low'),
 ))
 def test_a_model_that_cannot_be_is_refused(changes, says):
     with pytest.raises(ValueError, match=f'^{says}.*: expected .*, got '):
