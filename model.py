@@ -603,9 +603,10 @@ class LeanMoE(Lean, MoE):
     """MoE, line by line."""
 
     def forward(self, x):                                          # (T, D)
+        x = as_autocast(x)                                         # the one copy of x that is kept
         p = forgetting(self.route, x)                              # (T, E)
         I = self.choose(p.detach())                                # (T, K)
-        rows, x = self.sort(I), as_autocast(x)
+        rows = self.sort(I)
         w = weigh(p, I)                                            # (T, K)
         C_I = self.chosen_rows(x, self.w_down, None, rows) if self.config.factorised else None
         h = self.experts_of_rows(x, C_I, w, rows)                  # (T, D)
@@ -616,9 +617,10 @@ class LeanAoE(Lean, AoE):
     """AoE, line by line."""
 
     def forward(self, x):                                          # (T, D)
+        x = as_autocast(x)                                         # the one copy of x that is kept
         p, C = forgetting(self.evaluate, x)                        # (T, E), (T, E, d_low)
         I = self.choose(p.detach())                                # (T, K)
-        rows, x = self.sort(I), as_autocast(x)
+        rows = self.sort(I)
         C_I = self.chosen_rows(x, self.down(), C.detach(), rows)   # (P, d_low)
         w = softmax_over(norm(C_I)[rows.row], I)                   # (T, K)
         h = self.experts_of_rows(x, C_I, w, rows)                  # (T, D)

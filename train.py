@@ -138,8 +138,6 @@ def plan_runs(from_file, from_line):
         if not isinstance(name, str) or not isinstance(differs, dict):
             raise UserError('runs: expected a name and a dict of keys for each, '
                             f'got {name!r}: {differs!r}')
-        if not is_folder_name(name):
-            raise UserError(f'name: expected the name of a folder in out_dir, got {name!r}')
         for key, value in differs.items():
             differs[key] = check_type(TrainConfig, key, value, f'runs, {name}: ')
             if key in ('runs', 'seed', 'seeds', 'out_dir'):
@@ -153,6 +151,8 @@ def plan_runs(from_file, from_line):
         for name, differs in variants.items():
             seed = check_type(TrainConfig, 'seed', seed, 'seeds, ')
             config = build(TrainConfig, values | differs | {'seed': seed})
+            if not is_folder_name(name):
+                raise UserError(f'name: expected the name of a folder in out_dir, got {name!r}')
             folder = os.path.join(config.out_dir, f'{name}-{seed}' if seeds else name)
             planned.append(Run(name, config, folder))
     folders = [run.folder for run in planned]

@@ -1,4 +1,5 @@
-"""For the README's exercises: the quick start's proportions, smaller, with three seeds; a variant trains in two minutes."""
+"""For the exercises (EXERCISES.md): the quick start's proportions, smaller, with three seeds; a
+variant trains in two minutes."""
 out_dir = 'out/lab'
 dataset = 'shakespeare'
 mlp = 'aoe,moe,dense'

@@ -1,9 +1,10 @@
-"""The paper's small model on OpenWebText: 12 layers, 768 wide, 8 experts of 4 D, d_low = D / 3, with L_aux.
-For GPUs of 80 GB. The paper trains it on 100 billion tokens, 4.2 million an iteration; this is 10 billion."""
+"""The paper's small model on OpenWebText: 12 layers, 768 wide, 8 experts of 4 D, d_low = D / 3,
+with L_aux. For GPUs of 80 GB. The paper trains it on 100 billion tokens, 4.2 million an iteration;
+this is 10 billion."""
 out_dir = 'out/openwebtext'
 dataset = 'openwebtext_gpt2'
 mlp = 'aoe'
-vocab_size = 50304                       # gpt2's 50,257, rounded up to a multiple of 64, which matmuls like
+vocab_size = 50304                       # gpt2's 50,257, rounded up to a multiple of 64
 
 n_layer = 12
 n_head = 12

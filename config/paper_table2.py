@@ -6,7 +6,7 @@ router, or is it that the experts choose themselves? Twelve variants, three seed
     python train.py config/paper_table2.py
 
 continues where it stopped and skips runs that are done. A run uses one thread:
-start the command once per core, and the processes share the runs.
+start one process for each seed, with --seeds=1 and so on.
 """
 
 out_dir = 'out/paper_table2'

@@ -14,8 +14,10 @@ out_dir = 'out/paper_table3'
 runs = {
     'moe top_k': {'mlp': 'moe', 'aux_weight': 0.01},
     'aoe top_k': {'mlp': 'aoe', 'aux_weight': 0.01},
-    'moe top_p': {'mlp': 'moe', 'select': 'top_p', 'top_p': 0.6, 'conf_weight': 1e-4, 'aux_weight': 0.01},
-    'aoe top_p': {'mlp': 'aoe', 'select': 'top_p', 'top_p': 0.6, 'conf_weight': 1e-4, 'aux_weight': 0.01},
+    'moe top_p': {'mlp': 'moe', 'select': 'top_p', 'top_p': 0.6, 'conf_weight': 1e-4,
+                  'aux_weight': 0.01},
+    'aoe top_p': {'mlp': 'aoe', 'select': 'top_p', 'top_p': 0.6, 'conf_weight': 1e-4,
+                  'aux_weight': 0.01},
     'moe expert_choice': {'mlp': 'moe', 'select': 'expert_choice', 'capacity_factor': 2.0},
     'aoe expert_choice': {'mlp': 'aoe', 'select': 'expert_choice', 'capacity_factor': 2.0},
 }

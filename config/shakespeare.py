@@ -1,4 +1,4 @@
-"""One GPU: aoe, moe and dense on Shakespeare's works, 6 layers, 384 wide, context 256, 8 experts."""
+"""One GPU: aoe, moe and dense on Shakespeare, 6 layers, 384 wide, context 256, 8 experts."""
 out_dir = 'out/shakespeare'
 dataset = 'shakespeare'
 mlp = 'aoe,moe,dense'

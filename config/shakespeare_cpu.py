@@ -1,4 +1,4 @@
-"""The quick start: aoe, moe and dense on Shakespeare's works, side by side, in minutes on two cores of a CPU.
+"""The quick start: aoe, moe and dense on Shakespeare's works, in minutes on two cores of a CPU.
 In the paper's proportions: an expert's hidden layer is 4 D wide, its self-evaluation D / 3."""
 out_dir = 'out/shakespeare_cpu'
 dataset = 'shakespeare'

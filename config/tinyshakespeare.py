@@ -1,6 +1,6 @@
-"""Comparable to nanoGPT's baby GPT, whose published validation loss on this text is 1.4697: the same data, depth,
-width, context, batch, dropout and schedule. d_ffn = 512 gives two active experts the multiply-adds of its GELU MLP
-of 4 * 384: 3 * 2 * 512 = 2 * 4 * 384."""
+"""Comparable to nanoGPT's baby GPT, whose published validation loss on this text is 1.4697: the
+same data, depth, width, context, batch, dropout and schedule. d_ffn = 512 gives two active experts
+the multiply-adds of its GELU MLP of 4 * 384: 3 * 2 * 512 = 2 * 4 * 384."""
 out_dir = 'out/tinyshakespeare'
 dataset = 'tinyshakespeare'
 mlp = 'aoe,moe,dense'

@@ -1,4 +1,5 @@
-"""README.md: every command in it runs, every link leads to what it says."""
+"""README.md, config/README.md, config/EXERCISES.md: every command in them runs, every link leads
+somewhere, and what they quote is what the code says."""
 
 import os
 import re
@@ -9,8 +10,13 @@ import pytest
 
 from conftest import ROOT, run_script
 
-with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as file:
-    README = file.read()
+PAGES = ('README.md', 'config/README.md', 'config/EXERCISES.md')
+
+
+def text_of(page):
+    with open(os.path.join(ROOT, page), encoding='utf-8') as file:
+        return file.read()
+
 
 # What is added to a command, so that it ends soon.
 SHORT = {
@@ -18,59 +24,98 @@ SHORT = {
     'sample.py': ['--max_new_tokens=20'],
     'tests/bench.py': ['--rounds=1', '--warmup=1', '--shapes=small'],
 }
+TORCHRUN = ['--dataset=shakespeare_gpt2', '--n_embd=48', '--n_head=2', '--d_ffn=64', '--d_low=16',
+            '--block_size=16', '--gradient_accumulation_steps=2']
 
 
 def commands():
-    """The commands of the README that start a script, in its order, each once."""
-    found = re.findall(r'^ {4,}(.+)$|`([^`]+)`', README, flags=re.M)
-    parts = [' '.join(part.split()) for indented, inline in found for part in (indented or inline).split('&&')]
+    """The commands of the pages that start a script, in their order, each once."""
+    found = [match for page in PAGES
+             for match in re.findall(r'^ {4,}(.+)$|`([^`\n]+)`', text_of(page), flags=re.M)]
+    parts = [part for indented, inline in found for part in re.split('&&|;|&', indented or inline)]
+    parts = [' '.join(part.split()).removeprefix('do ') for part in parts]
     return [part for part in dict.fromkeys(parts) if re.match(r'(python|torchrun) .*\.py', part)]
 
 
 def test_every_command_runs_shortened(tmp_path, code_text):
     """In their order, in one folder, since some go on from what others made."""
     shutil.copytree(os.path.join(ROOT, 'config'), tmp_path / 'config')
-    shapes = tmp_path / 'config/paper_shapes.py'                               # whose runs say themselves how long they are
-    shapes.write_text(re.sub("'max_iters': [0-9]+, ", '', shapes.read_text(encoding='utf-8')), encoding='utf-8')
+    shapes = tmp_path / 'config/paper_shapes.py'         # whose runs say how long they are
+    shapes.write_text(re.sub("'max_iters': [0-9]+, ", '', shapes.read_text(encoding='utf-8')),
+                      encoding='utf-8')
     (tmp_path / 'my.txt').write_text(code_text, encoding='utf-8', newline='')
     ran = set()
     for command in commands():
-        program, *arguments = shlex.split(command)
-        if 'openwebtext' in arguments:                                        # needs datasets: the slow test below
+        program, *arguments = shlex.split(command.replace('$seed', '2'))
+        if 'openwebtext' in arguments:                   # needs datasets: the slow test below
             continue
         script = next(argument for argument in arguments if argument.endswith('.py'))
         arguments = arguments[arguments.index(script) + 1:] + SHORT.get(script, [])
-        if script == 'train.py' and re.search('paper|lab|seeds', command):
-            arguments += ['--seeds=1,2' if 'lab' in command else '--seeds=1']
-        if program == 'torchrun':
-            arguments += ['--dataset=shakespeare_gpt2', '--n_embd=48', '--n_head=2', '--d_ffn=64', '--d_low=16', '--block_size=16',
-                          '--gradient_accumulation_steps=2']
-        process = run_script(script, *arguments, cwd=tmp_path, check=False, processes=2 if program == 'torchrun' else 1)
+        if script == 'train.py':
+            arguments += ['--init_from=auto'] * ('eval_only' not in command)
+            if 'paper' in command and '--seeds' not in command:
+                arguments += ['--seeds=1,2,3' if command.endswith('table2.py') else '--seeds=1']
+        processes = 2 if program == 'torchrun' else 1
+        arguments += TORCHRUN if processes == 2 else []
+        process = run_script(script, *arguments, cwd=tmp_path, check=False, processes=processes)
         assert process.returncode == 0, f'{command}\n{process.stderr}'
         ran.add(script)
-    assert ran == {'train.py', 'sample.py', 'prepare_data.py', 'tests/bench.py', 'tests/test_toy.py'}
+    assert ran == {'train.py', 'sample.py', 'prepare_data.py', 'tests/bench.py',
+                   'tests/test_toy.py', 'tests/test_pilot.py'}
 
 
 @pytest.mark.slow
 def test_the_command_for_openwebtext_runs_on_a_parquet_folder(tmp_path):
     import datasets
-    datasets.Dataset.from_dict({'text': ['one', 'two', 'three']}).to_parquet(tmp_path / 'rows/train-0.parquet')
+    rows = datasets.Dataset.from_dict({'text': ['one', 'two', 'three']})
+    rows.to_parquet(tmp_path / 'rows/train-0.parquet')
     command, = (command for command in commands() if 'openwebtext ' in command)
     run_script(*shlex.split(command)[1:], '--hub=rows', cwd=tmp_path)
     assert (tmp_path / 'data/openwebtext_gpt2/train.bin').exists()
 
 
-@pytest.mark.parametrize('label, file, line', re.findall(r'\[([^]]+)\]\((\w+\.py)#L(\d+)\)', README))
-def test_equations_stand_where_the_links_lead(label, file, line):
-    with open(os.path.join(ROOT, file), encoding='utf-8') as code:
-        there = [number for number, text in enumerate(code, 1) if re.search(rf'{label}\b', text)]
-    assert int(line) in there, f'{label} is on the lines {there} of {file}: mend the link'
+def anchors(page):
+    """What GitHub makes of the headings of a page."""
+    headings = re.findall('^#+ (.+)$', text_of(page), flags=re.M)
+    return {re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in headings}
 
 
-def test_links_and_pictures_are_there():
-    headings = {re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in re.findall('^#+ (.+)$', README, flags=re.M)}
-    for target in re.findall(r'\]\(([^)]+)\)', README):
-        if target.startswith('#'):
-            assert target[1:] in headings, target
-        elif not target.startswith('http'):
-            assert os.path.exists(os.path.join(ROOT, target.partition('#')[0])), target
+@pytest.mark.parametrize('page', PAGES)
+def test_links_and_pictures_are_there(page):
+    for target in re.findall(r'\]\(([^)]+)\)', text_of(page)):
+        if target.startswith('http'):
+            continue
+        file, _, anchor = target.partition('#')
+        path = os.path.normpath(os.path.join(os.path.dirname(page), file)) if file else page
+        assert os.path.exists(os.path.join(ROOT, path)), target
+        assert not anchor or anchor in anchors(path), target
+
+
+def test_the_readme_quotes_the_code():
+    model = text_of('model.py')
+    for quoted in re.findall(r'```python\n(.*?)```', text_of('README.md'), flags=re.S):
+        for line in quoted.splitlines():                 # of Algorithm 1 without its indent
+            code = line.partition('  #')[0].strip()
+            assert code in model, line
+        assert not quoted.startswith('class') or quoted.strip() in model
+
+
+def test_the_map_tells_how_long_the_files_are():
+    readme = text_of('README.md')
+    for file, lines in re.findall(r'^\| \[(\w+\.py)\]\(\1\) \| (\d+) \|', readme, re.M):
+        assert abs(text_of(file).count('\n') - int(lines)) <= 10, file
+    parts = [part.count('\n') for part in re.split('# Part [123]', text_of('model.py'))]
+    told = [int(n) for n in re.findall(r'part \d \| (\d+) \|', readme)]
+    assert len(told) == 3
+    for lines, expected in zip((parts[0] + parts[1], *parts[2:]), told):
+        assert abs(lines - expected) <= 10
+    loop, rest = (part.count('\n') for part in text_of('train.py').split('# files', 1))
+    told = re.findall(r'(?:to `files`|the rest) \| (\d+) \|', readme)
+    assert abs(int(told[0]) - loop) <= 10 and abs(int(told[1]) - rest) <= 10
+
+
+def test_no_line_is_wider_than_100_columns():
+    """Tables, links and commands aside."""
+    for number, line in enumerate(text_of('README.md').splitlines(), 1):
+        if not re.match(r'\||!\[|    |\s+python', line) and '](' not in line:
+            assert len(line) <= 100, f'README.md:{number}'
