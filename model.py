@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from configurator import expect
@@ -78,22 +79,32 @@ class GPTConfig:
             self.d_low = min(max(8, 8 * round(D / 48)), D, self.d_ffn)         # about D/6
         if self.d_low is None:               # the multiple of 8 near D/3 that d_wide can follow
             self.d_low = min(range(8, max(8, D // 2) + 1, 8), key=lambda d_low: (
-                self.equation_5(d_low)[1] > 0.008, abs(d_low - D / 3)))
+                abs(self.equation_5(d_low)[1]) > 0.008, abs(d_low - D / 3)))
         expect(self, 'd_low', f'at most n_embd = {D}', lambda d_low: d_low <= D)
         if self.mlp == 'aoe' and not self.factorised:
             expect(self, 'd_low', f'at most d_ffn = {self.d_ffn}', lambda n: n <= self.d_ffn)
+        if self.mlp != 'dense' and self.factorised:
+            expect(self, 'd_low', f'less, since Eq. 5 leaves no d_wide to experts of d_ffn = '
+                   f'{self.d_ffn}', lambda d_low: self.equation_5(d_low)[0] > 0)
 
     def equation_5(self, d_low):
-        """The d_wide that gives aoe the size of moe, as a multiple of 8; how far off that is."""
+        """The d_wide that gives aoe the size of moe, as a multiple of 8; how much larger aoe is."""
         D = self.n_embd
-        d_wide = max(8, 8 * round((3 * D * self.d_ffn - d_low * D) / (d_low + 2 * D) / 8))   # Eq. 5
+        d_wide = 8 * round((3 * D * self.d_ffn - d_low * D) / (d_low + 2 * D) / 8)           # Eq. 5
         aoe, moe = D * d_low + d_low * d_wide + 2 * D * d_wide, 3 * D * self.d_ffn + D
-        return d_wide, abs(aoe / moe - 1)
+        return d_wide, aoe / moe - 1
 
     @property
     def d_wide(self):
         """Hidden width of an expert whose gate is factorised."""
         return self.equation_5(self.d_low)[0]
+
+    @property
+    def active_experts(self):
+        """Experts of a token: on average with expert_choice, at most with top_p."""
+        by_rule = {'top_k': self.top_k, 'top_p': self.n_expert,
+                   'expert_choice': min(self.capacity_factor, self.n_expert)}
+        return by_rule[self.select]
 
 
 # -----------------------------------------------------------------------------
@@ -431,15 +442,15 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def active_parameters(self):
-        """Parameters that the computation of one token touches: of the experts' matrices, K of E.
-        What aoe's experts judge with counts whole, since every expert evaluates every token."""
+        """Parameters that the computation of one token touches: of the experts' matrices, K of E,
+        or as many as `select` lets. aoe's judges count whole: all experts evaluate every token."""
         active, c = 0, self.config
         for name, p in self.named_parameters():
             of_chosen = p.dim() == 3 or name.endswith('w_down') and c.mlp == 'moe'
-            active += p.numel() * c.top_k // c.n_expert if of_chosen else p.numel()
+            active += p.numel() * c.active_experts / c.n_expert if of_chosen else p.numel()
         if c.mlp == 'aoe' and not c.factorised:                    # of the others: a part of w_g
-            active += c.n_layer * (c.n_expert - c.top_k) * c.n_embd * c.d_low
-        return active
+            active += c.n_layer * (c.n_expert - c.active_experts) * c.n_embd * c.d_low
+        return round(active)
 
     def flops_per_token(self):
         """Floating-point operations of a training step per token: 6 for each active weight of a
@@ -532,6 +543,7 @@ class Experts(torch.autograd.Function):
         return sum_rows(y, row, w)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dh):
         x, C, w, w_gate, w_p, w_o, g, u, y, token, row, ends = ctx.saved_tensors
         X = x.index_select(0, token)                               # (P, D)
@@ -566,6 +578,7 @@ class ChosenRows(torch.autograd.Function):
         return C.flatten(0, 1).index_select(0, token * len(w) + expert)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dC):
         x, w, token, row, ends = ctx.saved_tensors
         dx = sum_rows(grouped_mm(dC, w.mT, ends), row)             # (T, D)

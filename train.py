@@ -55,7 +55,7 @@ class TrainConfig(GPTConfig):
     dataset: str = 'shakespeare'         # the folder of data_dir to train on
     data_dir: str = 'data'               # where prepare_data.py wrote it
     batch_size: int = 16                 # sequences of block_size tokens, in the model at once
-    gradient_accumulation_steps: int = 1   # batches per iteration
+    gradient_accumulation_steps: int = 1   # batches an iteration; L_aux and expert_choice see one
     # optimizer
     max_iters: int = 2000                # iterations, one step of the optimizer each
     learning_rate: float = 2e-3          # the highest, reached after the warm-up
@@ -221,10 +221,10 @@ class Data:
         return self.at('train', random.integers(0, last, self.config.batch_size))
 
     def eval_batches(self, split):
-        """eval_iters batches, spread evenly over the split: the same for every run and seed."""
-        n, size = self.config.eval_iters, self.config.batch_size
-        last = len(self.tokens[split]) - self.config.block_size - 1
-        for starts in np.linspace(0, last, n * size, dtype=np.int64).reshape(n, size):
+        """At most eval_iters batches, spread evenly over the split: the same for all runs."""
+        size, S, tokens = self.config.batch_size, self.config.block_size, len(self.tokens[split])
+        n = min(self.config.eval_iters, math.ceil(tokens / (size * S)))   # about once each, at most
+        for starts in np.linspace(0, tokens - S - 1, n * size, dtype=np.int64).reshape(n, size):
             yield self.at(split, starts)
 
 
@@ -439,12 +439,20 @@ class Training:
                                  'total_parameters': self.model.total_parameters(),
                                  'active_parameters': self.model.active_parameters(),
                                  'flops_per_token': self.model.flops_per_token()}
-        dtype = str(self.dtype).removeprefix('torch.')
+        dtype, at_most = str(self.dtype).removeprefix('torch.'), 'at most ' * (c.select == 'top_p')
         print(f'\n{self.run.name}: {facts["total_parameters"]:,} parameters, '
-              f'{facts["active_parameters"]:,} active, '
+              f'{at_most}{facts["active_parameters"]:,} active, '
               f'{facts["flops_per_token"] / 1e6:.1f} MFLOPs per token\n'
               f'{c.max_iters:,} iterations of {self.tokens_per_iter:,} tokens, {self.device}, '
               f'{dtype}, seed {c.seed}\nin {self.run.folder}')
+        off = c.equation_5(c.d_low)[1]
+        if c.mlp != 'dense' and c.factorised and abs(off) > 0.01:
+            than = 'larger' if off > 0 else 'smaller'
+            print(f"its experts are {abs(off):.1%} {than} than moe's: Eq. 5 gives no multiple of 8 "
+                  'that is nearer; another --d_low may be')
+        if c.lr_decay_iters not in (None, c.max_iters):
+            print(f'the learning rate falls to {c.min_lr:g} at iteration {c.lr_decay_iters:,}; '
+                  '--lr_decay_iters= sets where')
         return facts
 
 
@@ -687,6 +695,11 @@ def draw(out_dir, files=None):
             tqdm.write(f'{file} is not drawn: {(str(error).splitlines() or [repr(error)])[0]}')
 
 
+def as_text(name):
+    """A run's name for matplotlib, to which $ means a formula and a leading _ to leave it out."""
+    return '\u200b' * name.startswith('_') + name.replace('$', r'\$')
+
+
 def draw_loss(plt, runs, color):
     """Validation loss over iterations: of each run the mean of its seeds, in a band of them all."""
     figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
@@ -695,7 +708,7 @@ def draw_loss(plt, runs, color):
         curves = [{entry['iter']: entry['val_loss'] for entry in log} for _, log in seeds]
         iterations = sorted(set.intersection(*map(set, curves)))   # where all seeds were evaluated
         points = [[curve[iteration] for curve in curves] for iteration in iterations]
-        label = f'{name} {statistics.mean(min(curve.values()) for curve in curves):.4f}'
+        label = f'{as_text(name)} {statistics.mean(lowest(seeds)):.4f}'
         label += f', mean of {len(seeds)} seeds' if len(seeds) > 1 else ''
         axes.plot(iterations, [statistics.mean(p) for p in points], color=color[name], marker='.',
                   linestyle=('-', '--', ':')[i // len(COLORS) % 3], label=label)
@@ -718,7 +731,7 @@ def draw_final_loss(plt, runs, color):
         axes.errorbar(statistics.mean(losses), y, xerr=spread, color=color[name], marker='|',
                       capsize=4)
         axes.plot(losses, [y] * len(losses), '.', color=color[name], alpha=0.5)
-    axes.set_yticks(range(len(runs)), runs.keys())
+    axes.set_yticks(range(len(runs)), map(as_text, runs))
     axes.invert_yaxis()
     axes.set(xlabel='lowest val_loss (nats per token)', title='Seeds, mean, standard deviation')
     axes.grid(alpha=0.3)
@@ -740,7 +753,7 @@ def draw_layers(key, draw_panel, label):
             for layer, axes in enumerate(row):
                 axes.set_visible(layer < len(log[-1][key]))
                 if layer < len(log[-1][key]):
-                    axes.set_title(f'{name}, layer {layer + 1}', fontsize=9)
+                    axes.set_title(f'{as_text(name)}, layer {layer + 1}', fontsize=9)
                     draw_panel(axes, log, layer, color[name])
         figure.supxlabel(label, fontsize=9)
         return figure

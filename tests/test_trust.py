@@ -1,10 +1,13 @@
 """A run that can be trusted: the same from the same seed, exact after a stop, whole after a kill,
 and it says what broke."""
 
+import json
 import math
 import os
+import pathlib
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +16,11 @@ import time
 import pytest
 import torch
 
+import configurator
 import sample
 import train
 from conftest import ROOT, SMALL, run_script
+from model import MLPS, GPTConfig
 from train import load_checkpoint, read_log
 
 RULES = {'top_k': [], 'top_p': ['--select=top_p', '--conf_weight=1e-3'],
@@ -37,6 +42,7 @@ def train_here(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
     monkeypatch.setattr(train, 'draw', lambda *arguments: None)
     handler = signal.getsignal(signal.SIGINT)
+    call.workspace = workspace
     yield call
     signal.signal(signal.SIGINT, handler)
 
@@ -129,6 +135,198 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(train_here, workspace):
     assert sorted(os.listdir('out/full/moe')) == ['best.pt', 'ckpt.pt', 'config.json', 'log.jsonl']
     log = train_here('--mlp=moe', '--out_dir=out/full', '--init_from=resume')
     assert [entry['iter'] for entry in log] == [0, 10, 20]
+
+
+def test_a_result_never_stands_under_settings_that_did_not_make_it(train_here, refuse):
+    out, mlp = '--out_dir=out/settings', '--mlp=moe'
+    train_here(mlp, out)
+    before = snapshot('out/settings')
+    for init in ('auto', 'resume'):
+        line = refuse(train.main, *SMALL, mlp, out, f'--init_from={init}', '--learning_rate=9e-3',
+                      '--batch_size=64', '--dropout=0.5', '--weight_decay=0.3', '--beta1=0.5')
+        for told in ('learning_rate = 0.002 and not 0.009', 'batch_size = 8 and not 64', '--name=',
+                     'dropout = 0.0 and not 0.5', 'weight_decay = 0.1 and not 0.3', 'beta1 = 0.9'):
+            assert told in line
+        assert 'seed = 1337 and not 7' in refuse(train.main, *SMALL, mlp, out, '--seed=7',
+                                                 f'--init_from={init}')
+    train_here(mlp, out, '--init_from=auto', '--max_iters=5')       # nothing left to do
+    assert snapshot('out/settings') == before
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in pathlib.Path(folder).rglob('*') if path.is_file()}
+
+
+def test_going_on_for_longer_keeps_the_schedule_and_says_so(train_here, capsys):
+    train_here('--mlp=dense', '--out_dir=out/longer')
+    train_here('--mlp=dense', '--out_dir=out/longer', '--init_from=resume', '--max_iters=30')
+    assert 'the learning rate falls to 0.0002 at iteration 20;' in capsys.readouterr().out
+    rates = [entry['lr'] for entry in read_log('out/longer/dense/log.jsonl')]
+    assert rates[0] < 0.002 and rates[2:] == [0.0002, 0.0002]
+
+
+def test_resuming_on_another_text_of_the_same_characters_is_refused(train_here, refuse, code_text):
+    train_here('--mlp=dense', '--out_dir=out/text', '--max_iters=1')
+    with open('turned.txt', 'w', encoding='utf-8', newline='') as file:
+        file.write(code_text[::-1])
+    run_script('prepare_data.py', 'turned.txt', cwd='.')
+    resume = [*SMALL, '--mlp=dense', '--out_dir=out/text', '--dataset=turned']
+    assert 'expected the sha256 of turned' in refuse(train.main, *resume, '--init_from=resume')
+    train.evaluate_only(train.plan_runs({}, configurator.parse(
+        train.TrainConfig, [*resume, '--eval_only=True'], '')[0])[0])   # which writes nothing
+
+
+def test_a_run_that_another_process_has_begun_is_left_to_it(train_here, refuse, monkeypatch,
+                                                            capsys):
+    """The other process trains dense while this one is at moe, or between two evaluations."""
+    def other(run):
+        run_script('train.py', *SMALL, '--mlp=dense', '--out_dir=out/other', '--log_interval=7',
+                   cwd='.')
+    train_one = train.train
+    monkeypatch.setattr(train, 'train', lambda run, stop: (
+        train_one(run, stop), run.name == 'moe' and other(run)))
+    with pytest.raises(SystemExit):
+        train.main([*SMALL, '--mlp=moe,dense', '--out_dir=out/other'])
+    assert 'another process has trained it by now; left as it is' in capsys.readouterr().out
+    assert '"log_interval": 7' in open('out/other/dense/config.json').read()
+
+    step = train.Training.step
+
+    def step_while_another_writes(self):
+        step(self)
+        if self.iteration == 5:
+            with open(self.run.path('log.jsonl'), 'a') as file:
+                file.write('{"iter": 10}\n')
+    monkeypatch.setattr(train.Training, 'step', step_while_another_writes)
+    line = refuse(train.main, *SMALL, '--mlp=aoe', '--out_dir=out/both')
+    assert 'another process has written' in line
+    assert load_checkpoint('out/both/aoe/ckpt.pt', 'cpu')['iter'] == 0
+
+
+def test_one_run_and_seed_counts_once_and_other_settings_count_apart(train_here):
+    for arguments in (['--seeds=1,2'], ['--seed=1'], ['--seed=3', '--learning_rate=1e-3']):
+        name = ['--name=fast'] if 'learning_rate' in arguments[-1] else []
+        with pytest.raises(SystemExit):
+            train.main([*SMALL, '--mlp=dense', '--out_dir=out/once', *arguments, *name])
+    found = train.find_runs('out/once')
+    assert [[config['seed'] for config, _ in seeds] for seeds in found.values()] == [[1, 2], [3]]
+    shutil.copytree('out/once/fast', 'out/once/dense-3')
+    config = json.load(open('out/once/fast/config.json'))
+    with open('out/once/dense-3/config.json', 'w') as file:
+        json.dump(config | {'run': 'dense'}, file)
+    found = train.find_runs('out/once')
+    seeds = {name: [config['seed'] for config, _ in seeds] for name, seeds in found.items()}
+    assert seeds == {'dense': [1, 2], 'dense-3': [3], 'fast': [3]}
+
+
+def test_loss_is_averaged_where_all_seeds_were_evaluated():
+    import matplotlib.pyplot as plt
+    logs = [[{'iter': i, 'val_loss': loss} for i, loss in log] for log in (
+        ((0, 4.0), (10, 3.0), (20, 2.0)), ((0, 4.2), (20, 2.4), (30, 1.0)))]
+    figure = train.draw_loss(plt, {'moe': [({}, log) for log in logs]}, {'moe': 'black'})
+    line, = figure.axes[0].lines
+    assert line.get_xdata().tolist() == [0, 20]
+    assert line.get_ydata().tolist() == pytest.approx([4.1, 2.2])
+    assert line.get_label() == 'moe 1.5000, mean of 2 seeds'
+    plt.close(figure)
+
+
+@pytest.mark.parametrize('name', ('$\\foo$', '_hidden', 'a & b', 'ä中'))
+def test_any_name_can_be_drawn(train_here, name, tmp_path):
+    with pytest.raises(SystemExit) as exit:
+        train.main([*SMALL, '--mlp=aoe', '--max_iters=1', '--out_dir=out/names', f'--name={name}'])
+    assert not exit.value.code
+    import matplotlib.pyplot as plt
+    figure = train.draw_loss(plt, train.find_runs('out/names'), dict.fromkeys(
+        train.find_runs('out/names'), 'black'))
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert any(name.replace('$', r'\$') in label for label in labels)
+    plt.close(figure)
+
+
+def test_a_picture_that_cannot_be_made_is_told_and_stops_nothing(train_here, monkeypatch, capsys):
+    monkeypatch.undo()
+    monkeypatch.chdir(train_here.workspace)
+    os.makedirs('out/open/loss.png')                               # as if another program had it
+    with pytest.raises(SystemExit) as exit:
+        train.main([*SMALL, '--mlp=moe', '--out_dir=out/open'])
+    assert not exit.value.code
+    printed = capsys.readouterr().out
+    assert 'loss.png is not drawn: out/open/loss.png: expected to write it' in printed
+    assert os.path.exists('out/open/final_loss.png')
+
+
+def test_a_model_with_more_tokens_than_its_text_never_writes_them(train_here):
+    train_here('--mlp=aoe', '--out_dir=out/padded', '--max_iters=1', '--vocab_size=300')
+    printed = run_script('sample.py', 'out/padded/aoe', '--temperature=90', cwd='.').stdout
+    assert len(printed) == 502
+
+
+@pytest.mark.parametrize('width', ('--d_low=1', '--d_ffn=1'))
+@pytest.mark.parametrize('dtype', ('float32', 'bfloat16'))
+def test_experts_of_width_1_train(train_here, width, dtype):
+    arguments = [width, f'--dtype={dtype}', '--mlp=moe' if 'ffn' in width else '--mlp=aoe']
+    train_here(*arguments, f'--out_dir=out/thin{width}{dtype}', '--max_iters=2')
+
+
+def test_sizes_that_do_not_match_are_told_and_impossible_ones_refused(train_here, refuse, capsys):
+    small = ['--n_embd=64', '--max_iters=1', '--mlp=aoe']
+    train_here(*small, '--d_ffn=128', '--d_low=32', '--out_dir=out/uneven')
+    assert '1.8% larger than moe' in capsys.readouterr().out
+    assert 'd_low: expected less, since Eq. 5 leaves no d_wide' in refuse(
+        train.main, *SMALL, *small, '--d_ffn=8', '--d_low=64')
+
+
+def test_active_experts_follow_the_rule(train_here, capsys):
+    def active(*arguments):
+        config = train.plan_runs({'vocab_size': 84, 'n_embd': 64}, configurator.parse(
+            train.TrainConfig, ['--mlp=moe', *arguments], '')[0])[0].config
+        return train.GPT(train.model_config(config)).active_parameters()
+    everything = active('--top_k=8')
+    assert active('--select=expert_choice', '--capacity_factor=8') == everything
+    assert active('--select=expert_choice', '--capacity_factor=99') == everything
+    assert active('--select=expert_choice', '--capacity_factor=2') == active('--top_k=2')
+    assert active('--select=top_p') == everything
+
+
+def test_backward_twice_is_refused():
+    layer = MLPS['aoe'](GPTConfig(n_embd=16, n_head=1, d_ffn=24, d_low=8))
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x = torch.randn(6, 16, requires_grad=True)
+    gradient, = torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize('command', (['train.py', '--help'], ['sample.py', 'out/piped/aoe'],
+                                     ['prepare_data.py', '--help']))
+def test_a_reader_that_goes_away_ends_a_script_quietly(train_here, command):
+    if not os.path.exists('out/piped'):
+        train_here('--mlp=aoe', '--out_dir=out/piped', '--max_iters=1')
+    script = [sys.executable, os.path.join(ROOT, command[0]), *command[1:]]
+    process = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()                                         # as `| head -c 0` does
+    assert process.stderr.read() == b'' and process.wait() in (0, 141)
+
+
+@pytest.mark.parametrize('encoding', ('cp1252', 'ascii'))
+def test_a_terminal_that_lacks_characters_gets_others(train_here, encoding):
+    train_here('--mlp=aoe', f'--out_dir=out/{encoding}', '--max_iters=1')
+    environment = os.environ | {'PYTHONIOENCODING': encoding}
+    process = subprocess.run(
+        [sys.executable, os.path.join(ROOT, 'sample.py'), f'out/{encoding}/aoe', '--temperature=9',
+         '--show_experts=True'], env=environment, capture_output=True)
+    assert process.returncode == 0, process.stderr
+
+
+def test_an_evaluation_sees_no_token_many_times(train_here, workspace):
+    config = train.TrainConfig(dataset='code', data_dir=str(workspace / 'data'), block_size=64,
+                               batch_size=8, eval_iters=10_000)
+    data = train.Data(config, torch.device('cpu'))
+    for split in ('train', 'val'):
+        seen = sum(idx.numel() for idx, _ in data.eval_batches(split))
+        assert len(data.tokens[split]) <= seen <= len(data.tokens[split]) + 64 * 8
 
 
 class Bomb:
