@@ -528,8 +528,9 @@ def sum_rows(y, row, w=None):
 
 
 class Experts(torch.autograd.Function):
-    """SparseMLP.experts for Rows: forward is its formula. It keeps u, y, and for moe g; backward
-    computes again SiLU(g) * u, X, and aoe's g, a matmul only d_low deep."""
+    """SparseMLP.experts for Rows: forward is its formula. It keeps u, and g where that is x Wg_i.
+    Backward computes again X, SiLU(g) * u, and a factorised g, a matmul only d_low deep. It needs no
+    y: the gradient of a weight, <dh, y>, is <dh Wo^T, SiLU(g) * u>."""
 
     @staticmethod
     def forward(ctx, x, C, w, w_gate, w_p, w_o, token, expert, row, ends):
@@ -538,24 +539,25 @@ class Experts(torch.autograd.Function):
         g = grouped_mm(X if C is None else C, w_gate, ends)        # C_i Wup_i, or x Wg_i: (P, d)
         u = grouped_mm(X, w_p, ends)                               # x Wp_i: (P, d)
         y = grouped_mm(F.silu(g).mul_(u), w_o, ends)               # (P, D)
-        ctx.save_for_backward(x, C, w, w_gate, w_p, w_o, g if C is None else None, u, y,
+        ctx.save_for_backward(x, C, w, w_gate, w_p, w_o, g if C is None else None, u,
                               token, row, ends)
         return sum_rows(y, row, w)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dh):
-        x, C, w, w_gate, w_p, w_o, g, u, y, token, row, ends = ctx.saved_tensors
+        x, C, w, w_gate, w_p, w_o, g, u, token, row, ends = ctx.saved_tensors
         X = x.index_select(0, token)                               # (P, D)
         gate_in = X if C is None else C
         g = grouped_mm(C, w_gate, ends) if g is None else g        # (P, d)
         silu_g = F.silu(g)
-        dy = dh.index_select(0, token)                             # of w y: (P, D)
-        dw = torch.linalg.vecdot(dy, y)[row].type_as(w)            # (T, K)
-        w_of_row = y.new_zeros(len(y)).index_add(0, row.flatten(), w.type_as(y).flatten())
-        dy *= w_of_row.unsqueeze(1)                                # 0 in padding
+        dy = dh.index_select(0, token)                             # of y, before w: (P, D)
         da = grouped_mm(dy, w_o.mT, ends)                          # of a = SiLU(g) * u: (P, d)
-        dw_o = grouped_mm((silu_g * u).T, dy, ends)
+        a = silu_g * u
+        dw = torch.linalg.vecdot(da, a)[row].type_as(w)            # (T, K)
+        w_of_row = a.new_zeros(len(a)).index_add(0, row.flatten(), w.type_as(a).flatten())
+        dw_o = grouped_mm(a.T, dy.mul_(w_of_row.unsqueeze(1)), ends)
+        da *= w_of_row.unsqueeze(1)                                # 0 in padding
         du = silu_g.mul_(da)
         dg = torch.ops.aten.silu_backward(da.mul_(u), g)
         dw_gate, dw_p = grouped_mm(gate_in.T, dg, ends), grouped_mm(X.T, du, ends)

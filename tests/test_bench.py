@@ -16,16 +16,16 @@ def kept_per_token(side, label, **changes):
 
 
 def test_the_layers_keep_what_they_should():
-    K, D, d, d_low, d_wide = 2, 384, 1024, 128, 1264
+    K, d, d_low, d_wide = 2, 1024, 128, 1264
     # bfloat16, padding of at most a sixteenth, 64 bytes a pair for weights, scores and indices
     def bound(numbers_per_pair):
         return K * (2 * numbers_per_pair * 17 / 16 + 64)
     dense, moe, aoe, whole = (kept_per_token(side, 'medium') for side in SIDES)
     assert dense == 2 * 4 * K * d                                  # g, u, SiLU(g), SiLU(g) * u
-    assert K * 2 * (2 * d + D) <= moe <= bound(2 * d + D)          # g, u, y
-    kept = d_low + d_wide + D                                      # C_i, u, y: nothing of all E
-    assert K * 2 * kept <= aoe <= bound(kept) and aoe < 0.8 * moe
-    assert whole <= bound(2 * d + D + 64)                          # the 64 numbers that judge
+    assert K * 2 * 2 * d <= moe <= bound(2 * d)                    # g, u
+    kept = d_low + d_wide                                          # C_i, u: nothing of all E
+    assert K * 2 * kept <= aoe <= bound(kept) and aoe < 0.75 * moe
+    assert whole <= bound(2 * d + 64)                              # the 64 numbers that judge
 
 
 def test_the_norms_of_all_experts_are_not_kept_with_aux_loss_either():
