@@ -482,7 +482,7 @@ def sort_by_expert(I, E, complete):
 
     Each expert's rows are padded to a multiple of up to 16: a CPU prepares each new shape of a
     bfloat16 matmul for longer than it then takes, so few shapes are good. P does not depend on who
-    was chosen (the last expert takes what is left), so that a GPU is never waited for.
+    was chosen (the last expert takes what is left): no size has to be read from a GPU.
     """
     T, K = I.shape
     load = count(I, E)                                             # (E,)
@@ -496,24 +496,37 @@ def sort_by_expert(I, E, complete):
     ends = (load + padding).cumsum(0)
     ends[-1] = P
     return Rows(
-        token=pair.new_zeros(P).index_copy(0, row, pair // K),
-        expert=torch.bucketize(torch.arange(P, device=I.device), ends, right=True),
-        row=pair.new_full((T * K,), P - 1).index_copy(0, pair, row).view(T, K),
+        token=pair.new_zeros(P).scatter(0, row, pair // K),
+        expert=(torch.arange(P, device=I.device).unsqueeze(1) >= ends).sum(1),
+        row=pair.new_full((T * K,), P - 1).scatter(0, pair, row).view(T, K),
         ends=ends.int())
+
+
+def has_grouped_mm(x):
+    """Whether PyTorch multiplies all experts in one call, in the dtype and on the device of x. On
+    GPUs other than Hopper and large Blackwells its call copies `ends` to the CPU each time."""
+    kind = x.device.type
+    if kind == 'cuda':
+        ready = torch.cuda.get_device_capability(x.device) in ((9, 0), (10, 0), (10, 3))
+        return ready and x.dtype == torch.bfloat16 and hasattr(F, 'grouped_mm')
+    known = x.dtype == torch.bfloat16 or (
+        x.dtype == torch.float32 and not torch.compiler.is_compiling())
+    return kind in ('cpu', 'meta') and known and hasattr(F, 'grouped_mm')
 
 
 def grouped_mm(a, b, ends):
     """A matmul for each expert: a (P, m), b (E, m, n) -> (P, n). Or the gradient of b: a (m, P),
-    b (P, n) -> (E, m, n). Where PyTorch has one call for it (some dtypes, widths of whole 16 bytes)
-    that is used: it does not wait for a GPU to learn `ends`. The loop says what it does."""
-    cpu, dtype = a.device.type == 'cpu', a.dtype
+    b (P, n) -> (E, m, n). One call where PyTorch has it, for widths of whole 16 bytes; the loop
+    says what it does."""
     whole = all(max(t.stride()[-2:]) * t.element_size() % 16 == 0 for t in (a, b))
-    known = (dtype == torch.bfloat16 and (cpu or a.device.type == 'cuda')
-             or dtype == torch.float32 and cpu and not torch.compiler.is_compiling())
-    if hasattr(F, 'grouped_mm') and whole and known:
-        return F.grouped_mm(a, b, offs=ends)
+    if whole and has_grouped_mm(a):
+        product = F.grouped_mm(a, b, offs=ends)
+        if b.dim() == 2 and a.device.type == 'cuda':               # PyTorch issue 172439: garbage
+            empty = ends.diff(prepend=ends.new_zeros(1)) == 0      # from experts without rows
+            product = product.masked_fill(empty[:, None, None], 0)
+        return product
     ends = ends.tolist()
-    rows = [slice(start, end) for start, end in zip([0] + ends, ends)]
+    rows = [slice(start, end) for start, end in zip([0, *ends], ends)]
     if b.dim() == 3:
         return torch.cat([a[r] @ b[i] for i, r in enumerate(rows)])
     return torch.stack([a[:, r] @ b[r] for r in rows])
@@ -529,8 +542,8 @@ def sum_rows(y, row, w=None):
 
 class Experts(torch.autograd.Function):
     """SparseMLP.experts for Rows: forward is its formula. It keeps u, and g where that is x Wg_i.
-    Backward computes again X, SiLU(g) * u, and a factorised g, a matmul only d_low deep. It needs no
-    y: the gradient of a weight, <dh, y>, is <dh Wo^T, SiLU(g) * u>."""
+    Backward computes again X, SiLU(g) * u, and a factorised g, a matmul only d_low deep. It needs
+    no y: the gradient of a weight, <dh, y>, is <dh Wo^T, SiLU(g) * u>."""
 
     @staticmethod
     def forward(ctx, x, C, w, w_gate, w_p, w_o, token, expert, row, ends):
@@ -600,8 +613,11 @@ def as_autocast(x):
 class Lean:
     """What LeanMoE and LeanAoE share, in the place of SparseMLP.experts."""
 
-    def sort(self, I):
-        return sort_by_expert(I, self.config.n_expert, complete=self.config.select == 'top_k')
+    def sort(self, I, x):
+        rows = sort_by_expert(I, self.config.n_expert, complete=self.config.select == 'top_k')
+        if not has_grouped_mm(x):        # the loop needs the ends: wait for them once, here
+            rows = rows._replace(ends=rows.ends.cpu())
+        return rows
 
     def chosen_rows(self, x, w_down, C, rows):
         """C_i of each row, (P, d_low); w_down (D, E d_low)."""
@@ -621,7 +637,7 @@ class LeanMoE(Lean, MoE):
         x = as_autocast(x)                                         # the one copy of x that is kept
         p = forgetting(self.route, x)                              # (T, E)
         I = self.choose(p.detach())                                # (T, K)
-        rows = self.sort(I)
+        rows = self.sort(I, x)
         w = weigh(p, I)                                            # (T, K)
         C_I = self.chosen_rows(x, self.w_down, None, rows) if self.config.factorised else None
         h = self.experts_of_rows(x, C_I, w, rows)                  # (T, D)
@@ -635,7 +651,7 @@ class LeanAoE(Lean, AoE):
         x = as_autocast(x)                                         # the one copy of x that is kept
         p, C = forgetting(self.evaluate, x)                        # (T, E), (T, E, d_low)
         I = self.choose(p.detach())                                # (T, K)
-        rows = self.sort(I)
+        rows = self.sort(I, x)
         C_I = self.chosen_rows(x, self.down(), C.detach(), rows)   # (P, d_low)
         w = softmax_over(norm(C_I)[rows.row], I)                   # (T, K)
         h = self.experts_of_rows(x, C_I, w, rows)                  # (T, D)

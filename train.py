@@ -81,7 +81,7 @@ class TrainConfig(GPTConfig):
     seed: int = 1337                     # of the first weights, the batches and dropout
     device: str = 'auto'                 # auto: cuda, else mps, else cpu
     threads: int | None = None           # of the CPU; None: PyTorch's choice
-    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'   # auto: bfloat16 where it is native
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'   # auto: what is native
     compile: Literal['auto', True, False] = 'auto'   # torch.compile, once 20 s a run; auto: False
 
     def __post_init__(self):
@@ -274,7 +274,7 @@ def evaluate(model, data, autocast, splits=('train', 'val')):
     keys = ('load', 'ent_load', 'ent_conf', 'norm', 'class_load', 'experts_per_token')
     if not measured:                                               # dense
         return entry | {'aux_loss': 0.0} | {key: [] for key in keys}
-    total = {key: torch.stack([m[key] for m in measured]).sum(0) for key in measured[0]}
+    total = {key: torch.stack([m[key] for m in measured]).sum(0).cpu() for key in measured[0]}
     batches, used = len(measured), total['used']
     load = used / used.sum(1, keepdim=True)
     values = (load, torch.special.entr(load).sum(1),               # Eq. 7
@@ -337,6 +337,10 @@ class Training:
         if WORLD_SIZE > 1:
             self.forward = DistributedDataParallel(self.forward)
         self.optimizer = make_optimizer(self.model, c, self.device)
+        # float16 has few exponents: losses are scaled up, gradients back, and a step is skipped and
+        # the scale halved where something overflowed. For other dtypes the scaler does nothing.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.grad_norms, self.skipped_steps = [], 0
         self.iteration, self.tokens, self.seconds, self.best_loss = 0, 0, 0.0, math.inf
         self.losses, self.last_loss = [], math.nan                 # of iterations not checked yet
         self.log, self.log_on_disk = [], read_text(run.path('log.jsonl'))
@@ -356,14 +360,18 @@ class Training:
             with self.forward.no_sync() if wait else contextlib.nullcontext():
                 with self.autocast:
                     _, loss, routing = self.forward(idx, targets)
-                ((loss + routing.aux_loss.sum()) * WORLD_SIZE / steps).backward()
-        if self.config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        self.optimizer.step()
+                total = (loss + routing.aux_loss.sum()) * WORLD_SIZE / steps
+                self.scaler.scale(total).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(),
+                                              self.config.grad_clip or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.iteration += 1
         self.tokens += self.tokens_per_iter
         self.losses.append(loss.detach())
+        self.grad_norms.append(norm)
 
     def evaluate(self):
         """Evaluate, log the result and keep the weights if they are the best so far."""
@@ -374,6 +382,7 @@ class Training:
             'iter': self.iteration, 'tokens': self.tokens, 'seconds': self.seconds,
             **evaluate(self.model, self.data, self.autocast),
             'lr': learning_rate_at(self.iteration, self.config),
+            'skipped_steps': self.skipped_steps,
             'tokens_per_second': tokens / seconds if tokens else None,
             'peak_memory': torch.cuda.max_memory_allocated(self.device) if cuda else None,   # bytes
         }
@@ -386,8 +395,12 @@ class Training:
         report(entry)
 
     def check(self):
-        """Raise UserError if a loss since the last call, or a weight now, is not finite."""
+        """Raise UserError if a loss since the last call, or a weight now, is not finite. Counts the
+        steps that the scaler skipped."""
         losses, self.losses = torch.stack(self.losses).tolist() if self.losses else [], []
+        norms, self.grad_norms = self.grad_norms, []
+        if norms and self.scaler.is_enabled():
+            self.skipped_steps += (~torch.stack(norms).isfinite()).sum().item()
         for back, loss in zip(range(len(losses), 0, -1), losses):
             if not math.isfinite(loss):
                 self.stop_at(self.iteration - back, loss)
@@ -402,9 +415,23 @@ class Training:
                         f'anew with --name= and less than --learning_rate={rate:g}; --warmup_iters '
                         'and --grad_clip can help, too')
 
+    def is_logged(self):
+        return bool(self.log) and self.log[-1]['iter'] == self.iteration
+
+    def record(self, evaluate):
+        """Save where training is, and before that evaluate it, if asked and not done yet."""
+        self.check_alone()
+        if evaluate and not self.is_logged():
+            self.evaluate()
+            draw(self.config.out_dir, ['loss.png'])
+            if len(self.log) == 2:
+                tell_if_busy()
+        self.save()
+
     def save(self):
         self.save_weights('ckpt.pt', optimizer=self.optimizer.state_dict(), tokens=self.tokens,
-                          seconds=self.seconds, best_loss=self.best_loss)
+                          seconds=self.seconds, best_loss=self.best_loss,
+                          scaler=self.scaler.state_dict(), skipped_steps=self.skipped_steps)
 
     def save_weights(self, file, **more):
         content = {'model': self.model.state_dict(), 'config': asdict(self.config),
@@ -415,12 +442,15 @@ class Training:
     def load(self):
         """Take up everything from ckpt.pt; forget evaluations that the log has from after it."""
         path = self.run.path('ckpt.pt')
-        checkpoint = load_checkpoint(path, self.device, 'optimizer', 'tokens')
+        checkpoint = load_checkpoint(path, self.device, 'optimizer', 'tokens', 'scaler')
         check_checkpoint(path, checkpoint, self.config, self.data)
         self.model.load_state_dict(checkpoint['model'])
         self.optimizer.load_state_dict(checkpoint['optimizer'])
+        if self.scaler.is_enabled() and checkpoint['scaler']:
+            self.scaler.load_state_dict(checkpoint['scaler'])
         self.iteration, self.tokens = checkpoint['iter'], checkpoint['tokens']
         self.seconds, self.best_loss = checkpoint['seconds'], checkpoint['best_loss']
+        self.skipped_steps = checkpoint['skipped_steps']
         if self.config.lr_decay_iters is None:                     # the schedule stays as it was
             trained = checkpoint['config']
             self.config.lr_decay_iters = trained['lr_decay_iters'] or trained['max_iters']
@@ -465,7 +495,7 @@ def train(run, stop):
             return print(f'\n{run.folder}: another process has trained it by now; left as it is')
         training.load()
     facts = training.describe()
-    if training.iteration >= config.max_iters and training.log[-1]['iter'] == training.iteration:
+    if training.iteration >= config.max_iters and training.is_logged():
         return report(training.log[-1])                            # nothing is left to do
     if RANK == 0:
         write_text(run.path('config.json'), json.dumps(facts | asdict(config), indent=1))
@@ -483,12 +513,7 @@ def train(run, stop):
                 training.check()
                 training.seconds += time.perf_counter() - started  # the clock stands still here
                 if RANK == 0:
-                    training.check_alone()
-                    known = training.log and training.log[-1]['iter'] == training.iteration
-                    if not stopped and not known:
-                        training.evaluate()
-                        draw(config.out_dir, ['loss.png'])
-                    training.save()
+                    training.record(evaluate=not stopped)
                 started = time.perf_counter()
             if stopped:
                 stop.set()                                         # for main, in every process
@@ -498,7 +523,9 @@ def train(run, stop):
             bar.update(training.tokens_per_iter)
             if training.iteration % config.log_interval == 0:
                 training.check()
-                bar.set_postfix_str(f'loss {training.last_loss:.3f}', refresh=False)
+                skipped = training.skipped_steps
+                bar.set_postfix_str(f'loss {training.last_loss:.3f}'
+                                    + f', {skipped} skipped' * bool(skipped), refresh=False)
 
 
 def evaluate_only(run):
@@ -592,6 +619,7 @@ def check_checkpoint(path, checkpoint, config, data):
 def choose_device(name):
     """A torch.device that is there; 'auto' takes the fastest. Raises UserError."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    mps = mps and torch_version() >= (2, 11)   # before, its attention is wrong (issue 174861)
     there = ['cuda'] * cuda + ['mps'] * mps + ['cpu']
     kind, _, index = name.replace('auto', there[0]).partition(':')
     known = not index or index.isdigit() and int(index) < torch.cuda.device_count()
@@ -604,16 +632,33 @@ def choose_device(name):
     return torch.device(f'{kind}:{index}' if index else kind)
 
 
+def torch_version():
+    return tuple(int(part) for part in torch.__version__.split('.')[:2])
+
+
 def choose_dtype(name, device):
-    """The dtype of matmuls; 'auto' is bfloat16 where the hardware multiplies it, else float32."""
+    """The dtype of matmuls. 'auto' is bfloat16 where the hardware multiplies it; else float16 on
+    cuda (T4, V100), and float32."""
+    if device.type == 'mps' and name in ('bfloat16', 'float16') and torch_version() < (2, 14):
+        raise UserError('dtype: expected float32 on mps before torch 2.14, whose causal attention '
+                        f'in 16 bits sees later tokens (PyTorch issue 195910), got {name} and '
+                        f'torch {torch.__version__}')
     if name != 'auto':
         return getattr(torch, name)
     if device.type == 'cuda':
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == 'cpu' and (torch.cpu._is_avx512_bf16_supported()
-                                           or torch.cpu._is_amx_tile_supported())
+        return torch.bfloat16 if native else torch.float16
+    native = device.type == 'cpu' and (torch.cpu._is_avx512_bf16_supported()
+                                       or torch.cpu._is_amx_tile_supported())
     return torch.bfloat16 if native else torch.float32
+
+
+def tell_if_busy():
+    """One line where more threads want to run than there are cores: then all take much longer."""
+    load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else 0  # not on Windows
+    if load > os.cpu_count() + 1:
+        tqdm.write(f'busy: {load:.1f} threads for {os.cpu_count()} cores; best is a process a '
+                   'core, --threads=1')
 
 
 def keep_freed_memory():

@@ -20,11 +20,11 @@ def pytest_configure(config):
     config.option.markexpr = config.option.markexpr or 'not slow'
 
 
-def run_script(script, *arguments, cwd, check=True, processes=1):
+def run_script(script, *arguments, cwd, check=True, processes=1, torchrun=False):
     """Run a script as a user does, with several processes through torchrun. Returns what is
     finished, its output as text."""
     command = [sys.executable]
-    if processes > 1:
+    if processes > 1 or torchrun:
         command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     environment = os.environ | {'MPLBACKEND': 'Agg', 'COLUMNS': '80', 'PYTHONIOENCODING': 'utf-8'}
     process = subprocess.run([*command, os.path.join(ROOT, script), *arguments], cwd=cwd,

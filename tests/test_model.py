@@ -206,6 +206,21 @@ def test_a_grouped_matmul_of_any_width_is_a_matmul_for_each_group(m, n, dtype):
 
 
 @pytest.mark.skipif(not hasattr(F, 'grouped_mm'), reason='this PyTorch has no F.grouped_mm')
+@pytest.mark.parametrize('losses', ({}, {'aux_weight': 0.3}), ids=str)
+@pytest.mark.parametrize('changes', ({'mlp': 'dense'}, *VARIANTS), ids=str)
+def test_a_bfloat16_step_reads_no_number_from_the_device(changes, losses):
+    """Meta tensors have no numbers: whatever would wait for a GPU to learn one fails on them."""
+    with torch.device('meta'):
+        model = GPT(small_config(**{'n_embd': 32, 'd_ffn': 48} | changes | losses)).bfloat16()
+        idx = torch.zeros(4, 8, dtype=torch.int64)
+    _, loss, routing = model(idx, idx)
+    (loss + routing.aux_loss.sum()).backward()
+    assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
+    with pytest.raises(RuntimeError, match='meta'):
+        loss.item()
+
+
+@pytest.mark.skipif(not hasattr(F, 'grouped_mm'), reason='this PyTorch has no F.grouped_mm')
 @pytest.mark.parametrize('changes', (
     {'mlp': 'dense'}, *VARIANTS, {'mlp': 'aoe', 'aux_weight': 0.01}), ids=str)
 def test_a_training_step_compiles_into_one_graph(changes):

@@ -329,6 +329,72 @@ def test_an_evaluation_sees_no_token_many_times(train_here, workspace):
         assert len(data.tokens[split]) <= seen <= len(data.tokens[split]) + 64 * 8
 
 
+def test_float16_ends_near_float32_and_skips_what_overflows(train_here, monkeypatch):
+    arguments = ['--mlp=aoe', '--aux_weight=0.01', '--gradient_accumulation_steps=2',
+                 '--max_iters=40']
+    exact = train_here(*arguments, '--out_dir=out/fp32', '--dtype=float32')
+    half = train_here(*arguments, '--out_dir=out/fp16', '--dtype=float16')
+    for a, b in zip(exact, half):
+        assert b['val_loss'] == pytest.approx(a['val_loss'], abs=0.02)
+    assert read_log('out/fp16/aoe/log.jsonl')[-1]['skipped_steps'] == 0
+
+    step, before = train.Training.step, []
+
+    def overflow(self):
+        if self.iteration in (5, 6):
+            self.scaler.update(2.0 ** 26)
+            before.append({name: p.clone() for name, p in self.model.named_parameters()})
+        step(self)
+        if self.iteration in (6, 7):
+            assert equal(before[-1], dict(self.model.named_parameters()))
+    monkeypatch.setattr(train.Training, 'step', overflow)
+    skipping = train_here(*arguments, '--out_dir=out/skipped', '--dtype=float16')
+    last = read_log('out/skipped/aoe/log.jsonl')[-1]
+    assert last['iter'] == 40 and 2 <= last['skipped_steps'] <= 30
+    assert skipping[-1]['val_loss'] < skipping[0]['val_loss'] - 0.3
+
+
+def test_float16_stopped_and_resumed_is_the_same(train_here):
+    more = ['--mlp=moe', '--dtype=float16', '--dropout=0.1', '--lr_decay_iters=20']
+    whole = train_here(*more, '--out_dir=out/half-whole')
+    train_here(*more, '--out_dir=out/half', '--max_iters=10')
+    assert train_here(*more, '--out_dir=out/half', '--init_from=resume') == whole
+    scales = [load_checkpoint(f'out/half{end}/moe/ckpt.pt', 'cpu')['scaler']
+              for end in ('', '-whole')]
+    assert scales[0] == scales[1] and scales[0]['_growth_tracker'] == 20
+
+
+@pytest.mark.parametrize('kind, capable, expected', (
+    ('cuda', True, torch.bfloat16), ('cuda', False, torch.float16), ('mps', True, torch.float32)))
+def test_auto_takes_the_dtype_that_is_native(monkeypatch, kind, capable, expected):
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: capable)
+    assert train.choose_dtype('auto', torch.device(kind)) == expected
+
+
+def test_16_bits_and_old_versions_are_refused_on_mps(monkeypatch):
+    monkeypatch.setattr(torch, '__version__', '2.13.1+x')
+    for name in ('bfloat16', 'float16'):
+        with pytest.raises(configurator.UserError, match='float32 on mps before torch 2.14'):
+            train.choose_dtype(name, torch.device('mps'))
+    monkeypatch.setattr(torch, '__version__', '2.14.0')
+    assert train.choose_dtype('bfloat16', torch.device('mps')) == torch.bfloat16
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert train.choose_device('auto').type == 'mps'
+    monkeypatch.setattr(torch, '__version__', '2.10.0')
+    assert train.choose_device('auto').type == 'cpu'
+
+
+def test_a_busy_machine_is_told_of_in_one_line(monkeypatch, capsys):
+    for load, told in ((0.5, False), (os.cpu_count() + 1.5, True)):
+        monkeypatch.setattr(os, 'getloadavg', lambda load=load: (load, 0, 0), raising=False)
+        train.tell_if_busy()
+        line = capsys.readouterr().out
+        assert ('a process a core, --threads=1' in line) == told and len(line) <= 81
+    monkeypatch.delattr(os, 'getloadavg')                          # as on Windows
+    train.tell_if_busy()
+
+
 class Bomb:
     """What runs a command when it is unpickled."""
 

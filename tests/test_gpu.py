@@ -1,0 +1,138 @@
+"""
+What only a GPU can show. On a machine with one:
+
+    python -m pytest tests/test_gpu.py
+
+Elsewhere all of it is skipped. `python tests/bench.py` measures speed and memory there.
+"""
+
+import math
+
+import pytest
+import torch
+
+import train
+from conftest import SMALL, run_script, table_of
+from model import GPT, GPTConfig
+from test_model import VARIANTS, gradients, layer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def model_and_step(variant, **changes):
+    """A small model on the GPU, and a function for a step of training on it."""
+    torch.manual_seed(0)
+    shape = {'vocab_size': 84, 'n_layer': 2, 'n_embd': 64, 'd_ffn': 128}
+    model = GPT(GPTConfig(**shape | variant | changes)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    idx = torch.randint(84, (16, 64), device='cuda')
+
+    def step(forward=model, dtype=torch.bfloat16):
+        with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
+            _, loss, routing = forward(idx, idx)
+        (loss + routing.aux_loss.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+    return model, step
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('variant', VARIANTS, ids=str)
+def test_lean_equals_plain(variant, dtype):
+    results, distance = [], 1e-4 if dtype == torch.float32 else 0.03
+    for plain in (True, False):
+        m = layer(plain=plain, aux_weight=0.1, **variant).float().cuda()
+        x = torch.randn(300, 16, generator=torch.Generator().manual_seed(0)).cuda().requires_grad_()
+        with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
+            h, routing = m(x)
+        h = h.float().cpu()
+        results.append({'h': h} | gradients(m, x, h, routing.aux_loss.cpu()))
+    for name, a in results[0].items():
+        assert (a - results[1][name]).norm() <= distance * a.norm(), name
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('variant', VARIANTS, ids=str)
+def test_a_gpu_gives_the_gradients_of_a_cpu(variant, dtype):
+    results, distance = [], 1e-4 if dtype == torch.float32 else 0.05
+    for device in ('cpu', 'cuda'):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(vocab_size=84, n_layer=2, n_embd=64, d_ffn=128, **variant)).to(device)
+        idx = torch.randint(84, (16, 64), generator=torch.Generator().manual_seed(0)).to(device)
+        enabled = device == 'cuda' and dtype != torch.float32
+        with torch.autocast(device, dtype, enabled=enabled):
+            loss = model(idx, idx)[1]
+        loss.backward()
+        results.append(torch.cat([p.grad.flatten().cpu() for p in model.parameters()]))
+    assert (results[0] - results[1]).norm() <= distance * results[0].norm()
+
+
+def test_experts_without_rows_get_zero_gradients():
+    m = layer('moe').bfloat16().cuda()
+    m(torch.randn(1, 16, device='cuda').bfloat16())[0].sum().backward()   # 2 of 5 experts
+    for p in (m.w_g, m.w_p, m.w_o):
+        assert p.grad.isfinite().all() and sum(not g.any() for g in p.grad) == 3
+
+
+@pytest.mark.parametrize('variant', ({'mlp': 'dense'}, *VARIANTS), ids=str)
+def test_a_step_in_bfloat16_never_waits_for_the_gpu(variant):
+    if torch.cuda.get_device_capability() not in ((9, 0), (10, 0), (10, 3)):
+        pytest.skip('the grouped matmul of this GPU reads its ends on the CPU')
+    _, step = model_and_step(variant, aux_weight=0.01)
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+@pytest.mark.parametrize('variant', VARIANTS, ids=str)
+def test_a_compiled_step_gives_the_same_losses(variant):
+    losses = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        model, step = model_and_step(variant)
+        forward = torch.compile(model) if compiled else model
+        losses.append([step(forward).item() for _ in range(4)])
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+
+
+def test_aoe_needs_less_memory_than_moe():
+    peak = {}
+    for mlp in ('moe', 'aoe'):
+        _, step = model_and_step({'mlp': mlp}, n_embd=384, n_head=6, d_ffn=1536, n_layer=4)
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        peak[mlp] = torch.cuda.max_memory_allocated() - before
+        torch.cuda.empty_cache()
+    assert peak['aoe'] < peak['moe']
+
+
+@pytest.mark.parametrize('dtype', ('auto', 'float16', 'float32'))
+def test_training_resuming_and_sampling_on_a_gpu(workspace, dtype):
+    command = [*SMALL, f'--dtype={dtype}', '--mlp=aoe,moe', f'--out_dir=out/gpu-{dtype}',
+               '--lr_decay_iters=20']
+    run_script('train.py', *command, '--max_iters=10', cwd=workspace)
+    printed = run_script('train.py', *command, '--init_from=resume', cwd=workspace).stdout
+    assert table_of(printed)['run'][-1] == 'memory'
+    for mlp in ('aoe', 'moe'):
+        log = train.read_log(workspace / f'out/gpu-{dtype}/{mlp}/log.jsonl')
+        assert [entry['iter'] for entry in log] == [0, 10, 20] and log[-1]['peak_memory'] > 0
+        assert log[-1]['val_loss'] < log[0]['val_loss'] < math.log(200)
+        sample = run_script('sample.py', f'out/gpu-{dtype}/{mlp}', '--show_experts=True',
+                            '--max_new_tokens=30', cwd=workspace)
+        assert 'experts.html' in sample.stdout
+
+
+def test_torchrun_with_one_process_on_a_gpu(workspace):
+    arguments = [*SMALL, '--mlp=aoe', '--out_dir=out/torchrun-gpu']
+    run_script('train.py', *arguments, cwd=workspace, torchrun=True)
+    assert len(train.read_log(workspace / 'out/torchrun-gpu/aoe/log.jsonl')) == 3
