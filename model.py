@@ -511,7 +511,7 @@ def has_grouped_mm(x):
         return ready and x.dtype == torch.bfloat16 and hasattr(F, 'grouped_mm')
     known = x.dtype == torch.bfloat16 or (
         x.dtype == torch.float32 and not torch.compiler.is_compiling())
-    return kind in ('cpu', 'meta') and known and hasattr(F, 'grouped_mm')
+    return kind == 'cpu' and known and hasattr(F, 'grouped_mm')
 
 
 def grouped_mm(a, b, ends):

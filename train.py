@@ -227,7 +227,6 @@ class Data:
         for starts in np.linspace(0, tokens - S - 1, n * size, dtype=np.int64).reshape(n, size):
             yield self.at(split, starts)
 
-
     def classes(self, idx):
         """The place in CLASSES of each token of idx, flat; None where they are no characters."""
         return self.class_of_token[idx.flatten()] if self.meta['vocabulary'] else None
@@ -241,11 +240,10 @@ def measure(routing, classes, config):
 
     classes (T,): of each token; None where the tokens are no characters.
     """
-    used = F.one_hot(routing.experts + 1, config.n_expert + 1)[..., 1:].sum(2)   # (L, T, E)
-    used = used.float()
-    kind = used.new_zeros(used.shape[1], 0)                        # (T, classes)
+    used = F.one_hot(routing.experts + 1, config.n_expert + 1)[..., 1:].sum(2).float()
+    kind = used.new_zeros(used.shape[1], 0)                        # used (L, T, E), of 0 and 1
     if classes is not None:
-        kind = F.one_hot(classes, len(CLASSES)).float()
+        kind = F.one_hot(classes, len(CLASSES)).float()            # (T, classes), likewise
     return {
         'used': used.sum(1),                                       # T f of Eq. 6: (L, E)
         'ent_conf': entropy(routing.scores).mean(1),               # Eq. 8: (L,)
@@ -478,11 +476,11 @@ class Training:
         off = c.equation_5(c.d_low)[1]
         if c.mlp != 'dense' and c.factorised and abs(off) > 0.01:
             than = 'larger' if off > 0 else 'smaller'
-            print(f"its experts are {abs(off):.1%} {than} than moe's: Eq. 5 gives no multiple of 8 "
-                  'that is nearer; another --d_low may be')
+            print(f"its experts are {abs(off):.1%} {than} than moe's: no d_wide of Eq. 5 that is a "
+                  '\nmultiple of 8 comes nearer; another --d_low may')
         if c.lr_decay_iters not in (None, c.max_iters):
-            print(f'the learning rate falls to {c.min_lr:g} at iteration {c.lr_decay_iters:,}; '
-                  '--lr_decay_iters= sets where')
+            print(f'the learning rate falls to {c.min_lr:g} at iteration {c.lr_decay_iters:,}: '
+                  '--lr_decay_iters')
         return facts
 
 

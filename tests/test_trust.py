@@ -160,7 +160,7 @@ def snapshot(folder):
 def test_going_on_for_longer_keeps_the_schedule_and_says_so(train_here, capsys):
     train_here('--mlp=dense', '--out_dir=out/longer')
     train_here('--mlp=dense', '--out_dir=out/longer', '--init_from=resume', '--max_iters=30')
-    assert 'the learning rate falls to 0.0002 at iteration 20;' in capsys.readouterr().out
+    assert 'the learning rate falls to 0.0002 at iteration 20:' in capsys.readouterr().out
     rates = [entry['lr'] for entry in read_log('out/longer/dense/log.jsonl')]
     assert rates[0] < 0.002 and rates[2:] == [0.0002, 0.0002]
 

@@ -1,0 +1,23 @@
+"""
+Two questions, independent of each other: who scores, a router or the norm of the
+expert's own activation; and how the gate is made, x Wg_i or x Wdown_i Wup_i. With
+and without L_aux, five seeds, in the shape of paper_table2.py, a process a core:
+
+    python train.py config/paper_table2.py config/two_questions.py --seeds=1,3,5
+    python train.py config/paper_table2.py config/two_questions.py --seeds=2,4
+
+d_low is 32, D/3, where the gate is factorised, and 16 neurons, D/6, where not.
+"""
+
+out_dir = 'out/two_questions'
+seeds = [1, 2, 3, 4, 5]
+runs = {
+    'moe': {'mlp': 'moe'},
+    'moe aux': {'mlp': 'moe', 'aux_weight': 0.01},
+    'moe factorised': {'mlp': 'moe', 'factorised': True},
+    'moe factorised aux': {'mlp': 'moe', 'factorised': True, 'aux_weight': 0.01},
+    'aoe whole': {'mlp': 'aoe', 'factorised': False, 'd_low': 16},
+    'aoe whole aux': {'mlp': 'aoe', 'factorised': False, 'd_low': 16, 'aux_weight': 0.01},
+    'aoe': {'mlp': 'aoe'},
+    'aoe aux': {'mlp': 'aoe', 'aux_weight': 0.01},
+}
