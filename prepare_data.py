@@ -287,11 +287,11 @@ def hub_documents(config):
 def pieces(document):
     """A text in pieces of about CHUNK characters that can be tokenized one by one: no token of gpt2
     goes on from a character that is no white space to one that is, so the cuts are made there; or
-    anywhere, where 16 times CHUNK characters have no white space."""
+    anywhere, where CHUNK characters have no white space."""
     held = []
     while new := document.read(CHUNK):
         gap = re.match(r'(?s:.*)\S(?=[ \t\r\n])', new)             # the last one
-        if gap or len(held) == 16:
+        if gap or held:
             cut = gap.end() if gap else len(new)
             yield ''.join([*held, new[:cut]])
             held, new = [], new[cut:]
