@@ -55,7 +55,7 @@ class TrainConfig(GPTConfig):
     dataset: str = 'shakespeare'         # the folder of data_dir to train on
     data_dir: str = 'data'               # where prepare_data.py wrote it
     batch_size: int = 16                 # sequences of block_size tokens, in the model at once
-    gradient_accumulation_steps: int = 1   # batches an iteration; L_aux and expert_choice see one
+    gradient_accumulation_steps: int = 1   # batches an iteration (L_aux, expert_choice: one by one)
     # optimizer
     max_iters: int = 2000                # iterations, one step of the optimizer each
     learning_rate: float = 2e-3          # the highest, reached after the warm-up

@@ -6,7 +6,6 @@ import math
 import os
 import pathlib
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -122,6 +121,7 @@ def test_weights_that_are_not_finite_are_not_saved(train_here, refuse, monkeypat
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(train_here, workspace):
     """The disk is played by a limit on the size of a file, between a log's and a checkpoint's."""
+    resource = pytest.importorskip('resource')                     # Windows has none
     train_here('--mlp=moe', '--out_dir=out/full', '--max_iters=10')
     before = weights('out/full/moe/ckpt.pt')
     process = subprocess.run(
