@@ -9,8 +9,8 @@ the variants compare.
     torchrun --nproc_per_node=8 train.py config/openwebtext.py   # eight GPUs
 
 Each run writes <out_dir>/<run>/config.json, log.jsonl (a line per evaluation),
-ckpt.pt (to resume from) and best.pt (the lowest validation loss). The pictures
-in <out_dir> are drawn from all runs found there: loss.png after each evaluation,
+ckpt.pt (to resume from) and best.pt (the lowest validation loss). In <out_dir>
+are pictures of all runs found there: loss.png, drawn after each evaluation, and
 final_loss, expert_load, norm and expert_class after each run. What the table at
 the end stands on is written there, too, to results.jsonl.
 """
