@@ -876,7 +876,8 @@ def print_table(out_dir):
     print_rows(table)
     print(f'\nval loss: the lowest; Ent_load: at most ln {config["n_expert"]} = '
           f'{math.log(config["n_expert"]):.3f}; pictures in {out_dir}')
-    results = [{'run': name, 'seed': config['seed'], 'lowest_val_loss': loss, **log[-1]}
+    results = [{'run': name, 'seed': config['seed'], 'lowest_val_loss': loss,
+                **{key: value for key, value in log[-1].items() if key != 'class_load'}}   # long
                for name, seeds in runs.items() for (config, log), loss in zip(seeds, lowest(seeds))]
     write_text(os.path.join(out_dir, 'results.jsonl'),
                ''.join(json.dumps(result) + '\n' for result in results))
