@@ -120,20 +120,21 @@ def plan_runs(from_file, from_line):
     """The Runs that the values of a config file and of the command line ask for.
 
     One, or one for each entry of `runs`, or of mlp's list, and for each of `seeds`: all variants
-    with one seed, then with the next. Later wins: file, run, line.
+    with one seed, then with the next. Later wins: file, run, line; --mlp takes the place of runs.
     """
     values = from_file | from_line
-    variants, name = values.pop('runs', None), values.pop('name', None)
-    seeds = values.pop('seeds', None)
-    if name is not None and (variants is not None or ',' in values.get('mlp', '')):
-        raise UserError('name: expected one run with it, got several; give one --mlp=, or no name')
-    if not values.get('out_dir', TrainConfig.out_dir):
-        raise UserError("out_dir: expected a folder to write to, got ''")
-    if variants is None:
+    variants, name, seeds = (values.pop(key, None) for key in ('runs', 'name', 'seeds'))
+    if variants is None or 'mlp' in from_line:                     # --mlp, and not a file's runs
         mlps = values.pop('mlp', TrainConfig.mlp).split(',')
-        variants, from_line = {name or mlp: {'mlp': mlp} for mlp in mlps}, {}
+        variants, from_line = {mlp: {'mlp': mlp} for mlp in mlps}, {}
     if not variants:
         raise UserError('runs: expected at least one run, got none')
+    if name is not None and len(variants) > 1:
+        raise UserError('name: expected one run with it, got several; give one --mlp=, or no name')
+    if name is not None:
+        variants = {name: next(iter(variants.values()))}
+    if not values.get('out_dir', TrainConfig.out_dir):
+        raise UserError("out_dir: expected a folder to write to, got ''")
     for name, differs in variants.items():
         if not isinstance(name, str) or not isinstance(differs, dict):
             raise UserError('runs: expected a name and a dict of keys for each, '
@@ -724,9 +725,10 @@ def draw(out_dir, files=None):
     import matplotlib  # here: slow to import, and sample.py imports this file
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+    runs = None
     for file in files or DRAWN:
         try:
-            runs = find_runs(out_dir)
+            runs = runs or find_runs(out_dir)
             color = {name: COLORS[i % len(COLORS)] for i, name in enumerate(runs)}
             figure = DRAWN[file](plt, runs, color)
             if figure:

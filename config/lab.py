@@ -12,7 +12,6 @@ block_size = 64
 n_expert = 8
 top_k = 2
 d_ffn = 4 * n_embd
-d_low = 24
 aux_weight = 0.01
 
 batch_size = 16

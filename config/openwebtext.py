@@ -13,7 +13,6 @@ block_size = 1024
 n_expert = 8
 top_k = 2
 d_ffn = 3072
-d_low = 256
 aux_weight = 0.01
 
 batch_size = 16

@@ -1,5 +1,5 @@
 """
-Is one learning rate fair to both? As many trials for MoE as for AoE, in the
+Is one learning rate fair to all? As many trials for MoE as for AoE, in the
 shape of paper_table2.py:
 
     python train.py config/paper_table2.py config/paper_learning_rate.py
@@ -11,6 +11,9 @@ runs = {
     'moe 1e-3': {'mlp': 'moe', 'learning_rate': 1e-3},
     'moe 2e-3': {'mlp': 'moe', 'learning_rate': 2e-3},
     'moe 4e-3': {'mlp': 'moe', 'learning_rate': 4e-3},
+    'aoe whole 1e-3': {'mlp': 'aoe', 'factorised': False, 'd_low': 16, 'learning_rate': 1e-3},
+    'aoe whole 2e-3': {'mlp': 'aoe', 'factorised': False, 'd_low': 16, 'learning_rate': 2e-3},
+    'aoe whole 4e-3': {'mlp': 'aoe', 'factorised': False, 'd_low': 16, 'learning_rate': 4e-3},
     'aoe 1e-3': {'mlp': 'aoe', 'learning_rate': 1e-3},
     'aoe 2e-3': {'mlp': 'aoe', 'learning_rate': 2e-3},
     'aoe 4e-3': {'mlp': 'aoe', 'learning_rate': 4e-3},

@@ -32,8 +32,8 @@ seeds = [1, 2, 3]
 runs = {
     'moe': {'mlp': 'moe'},
     'moe aux': {'mlp': 'moe', 'aux_weight': 0.01},
-    'moe aux factorised': {'mlp': 'moe', 'aux_weight': 0.01, 'factorised': True},
-    'moe aux large router': {'mlp': 'moe', 'aux_weight': 0.01, 'router': 'large'},
+    'moe factorised aux': {'mlp': 'moe', 'aux_weight': 0.01, 'factorised': True},
+    'moe large router aux': {'mlp': 'moe', 'aux_weight': 0.01, 'router': 'large'},
     'aoe 8': {'mlp': 'aoe', 'd_low': 8},
     'aoe 8 aux': {'mlp': 'aoe', 'd_low': 8, 'aux_weight': 0.01},
     'aoe 16': {'mlp': 'aoe', 'd_low': 16},

@@ -11,7 +11,6 @@ dropout = 0.1
 n_expert = 8
 top_k = 2
 d_ffn = 1024
-d_low = 128
 
 batch_size = 64
 max_iters = 5000
