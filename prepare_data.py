@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import textwrap
 import time
 import urllib.request
 import zipfile
@@ -389,7 +390,7 @@ def check_same(folder, paths, source, config):
             digest.update(piece.encode('utf-8'))
         same = meta['sha256'] == digest.hexdigest()
     if not same or meta['tokenizer'] != config.tokenizer:
-        raise UserError(f'{folder}: expected {" ".join(paths)} as {config.tokenizer}, got '
+        raise UserError(f'{folder}: expected {source} as {config.tokenizer}, got '
                         f'{meta["source"]} as {meta["tokenizer"]} there'
                         f'{"" if same else ", another text"}; '
                         'choose another --name=, or remove the folder')
@@ -404,8 +405,8 @@ def prepare(paths, config):
     named = {*CORPORA, 'openwebtext'} & {*paths}
     if several and named or not config.name and (several or not is_folder_name(stem)):
         raise UserError(f'expected one corpus, or files and a --name=, got {len(paths)}: '
-                        f'{" ".join(paths)}')
-    source = config.input or ', '.join(paths)
+                        + textwrap.shorten(' '.join(paths), 80))
+    source = config.input or first + f' and {len(paths) - 1} more' * several
     if named and not config.input:
         source = config.hub if first == 'openwebtext' else CORPORA[first][1]
     source += f', at most {config.max_docs:,} documents' if config.max_docs else ''

@@ -1,6 +1,6 @@
 """
 One expert a token, K = 1: the softmax over the one chosen is 1, and gives a router
-no gradient. Five seeds, in the shape of paper_table2.py, with L_aux:
+no gradient. In the shape of paper_table2.py, with L_aux:
 
     python train.py config/paper_table2.py config/one_expert.py
 """
@@ -8,7 +8,6 @@ no gradient. Five seeds, in the shape of paper_table2.py, with L_aux:
 out_dir = 'out/one_expert'
 top_k = 1
 aux_weight = 0.01
-seeds = [1, 2, 3, 4, 5]
 runs = {
     'moe': {'mlp': 'moe'},
     'aoe whole': {'mlp': 'aoe', 'factorised': False, 'd_low': 16},

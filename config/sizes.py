@@ -1,6 +1,6 @@
 """
-Does the gap close with size? Width D 48, 96 and 192, with heads of 24 numbers,
-tokens in proportion to D, the learning rate to 1 / sqrt(D), and L_aux:
+Does the gap close with size? Width D 48, 96 and 192, with heads of 24 numbers and a
+learning rate in proportion to 1 / sqrt(D), the same tokens, and L_aux:
 
     python train.py config/paper_table2.py config/sizes.py
 """
@@ -9,20 +9,18 @@ out_dir = 'out/sizes'
 aux_weight = 0.01
 runs = {
     'moe 48': {'mlp': 'moe', 'n_embd': 48, 'n_head': 2, 'd_ffn': 192, 'd_low': 16,
-               'max_iters': 800, 'eval_interval': 200, 'learning_rate': 2.8e-3},
+               'learning_rate': 2.8e-3},
     'aoe 48': {'mlp': 'aoe', 'n_embd': 48, 'n_head': 2, 'd_ffn': 192, 'd_low': 16,
-               'max_iters': 800, 'eval_interval': 200, 'learning_rate': 2.8e-3},
+               'learning_rate': 2.8e-3},
     'aoe whole 48': {'mlp': 'aoe', 'n_embd': 48, 'n_head': 2, 'd_ffn': 192, 'd_low': 8,
-                     'max_iters': 800, 'eval_interval': 200, 'learning_rate': 2.8e-3,
-                     'factorised': False},
+                     'learning_rate': 2.8e-3, 'factorised': False},
     'moe 96': {'mlp': 'moe'},
     'aoe 96': {'mlp': 'aoe'},
     'aoe whole 96': {'mlp': 'aoe', 'factorised': False, 'd_low': 16},
     'moe 192': {'mlp': 'moe', 'n_embd': 192, 'n_head': 8, 'd_ffn': 768, 'd_low': 64,
-                'max_iters': 3200, 'eval_interval': 800, 'learning_rate': 1.4e-3},
+                'learning_rate': 1.4e-3},
     'aoe 192': {'mlp': 'aoe', 'n_embd': 192, 'n_head': 8, 'd_ffn': 768, 'd_low': 64,
-                'max_iters': 3200, 'eval_interval': 800, 'learning_rate': 1.4e-3},
+                'learning_rate': 1.4e-3},
     'aoe whole 192': {'mlp': 'aoe', 'n_embd': 192, 'n_head': 8, 'd_ffn': 768, 'd_low': 32,
-                      'max_iters': 3200, 'eval_interval': 800, 'learning_rate': 1.4e-3,
-                      'factorised': False},
+                      'learning_rate': 1.4e-3, 'factorised': False},
 }

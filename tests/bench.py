@@ -57,7 +57,7 @@ class BenchConfig:
     only: str = 'layer,step,memory,cost,generate'   # the parts to measure, with commas
     shapes: str = 'small,medium,paper'   # of the layers, with commas
     rounds: int = 15                     # measurements of each side; the median counts
-    warmup: int = 15                     # rounds before them, not counted
+    warmup: int = 5                      # rounds of a window; it warms up by windows until steady
     seed: int = 0                        # of weights and inputs
     threads: int | None = None           # of the CPU; None: PyTorch's choice
     device: str = 'auto'                 # auto: cuda, else mps, else cpu
@@ -95,21 +95,37 @@ def multiply_adds(config):
     return evaluation + K * (4 * d_low * d_wide + 3 * 2 * D * d_wide)
 
 
-def alternate(sides, bench):
-    """Time each side's function once per round: name -> function(round) to name -> seconds."""
-    seconds = {name: [] for name in sides}
-    for turn in range(bench.warmup + bench.rounds):
-        for name, function in sides.items():
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            function(turn)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if turn >= bench.warmup:
+def alternate(sides, bench, make=lambda turn: None):
+    """Time each side's function of what make(turn) gives, once a round: name -> seconds.
+
+    Before that it warms up: by windows of bench.warmup rounds, 10 at most, until no side gains 3 %
+    from one to the next. A bfloat16 matmul on a CPU is slow whenever it meets a new shape, and with
+    experts shapes are new for long.
+    """
+    turn = 0
+
+    def window(rounds):
+        nonlocal turn
+        seconds = {name: [] for name in sides}
+        for turn in range(turn + 1, turn + 1 + rounds):
+            x = make(turn)
+            for name, function in sides.items():
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                function(x)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
                 seconds[name].append(time.perf_counter() - start)
-    return seconds
+        return seconds
+
+    now = window(bench.warmup)
+    for _ in range(9):                   # on a noisy machine it would never end
+        before, now = now, window(bench.warmup)
+        if all(ratio(now[name], before[name]) < 1.03 for name in sides):
+            break
+    return window(bench.rounds)
 
 
 def ratio(faster, slower):
@@ -167,8 +183,7 @@ def transformers_layers(config, tokens, moe, bench, device):
 def time_layers(layers, shape, tokens, bench, device):
     """Seconds of each layer, forward and backward: name -> list."""
     def run(layer):
-        def function(turn):
-            x = inputs[turn]
+        def function(x):
             h = layer(x)
             h = h[0] if isinstance(h, tuple) else h
             h.view_as(x).backward(cotangent)
@@ -176,10 +191,10 @@ def time_layers(layers, shape, tokens, bench, device):
                 layer.zero_grad(set_to_none=True)
             x.grad = None
         return function
-    inputs = [make_input(shape, tokens, bench, device, turn)
-              for turn in range(bench.warmup + bench.rounds)]
-    cotangent = torch.randn_like(inputs[0])
-    return alternate({name: run(layer) for name, layer in layers.items()}, bench)
+    def make(turn):
+        return make_input(shape, tokens, bench, device, turn)
+    cotangent = torch.randn_like(make(0))
+    return alternate({name: run(layer) for name, layer in layers.items()}, bench, make)
 
 
 def bench_layer(bench, device):
@@ -223,7 +238,7 @@ def bench_step(bench, device):
                       'plain': bench.plain, 'compile': bench.compile, 'runs': SIDES}
             runs = plan_runs(values | shape, {})
             trainings = {run.name: Training(run) for run in runs}
-        sides = {name: lambda turn, training=training: [training.step() for _ in range(3)]
+        sides = {name: lambda _, training=training: [training.step() for _ in range(3)]
                  for name, training in trainings.items()}
         seconds = alternate(sides, bench)
         print(f'\ntraining step, {label}: {shape["n_layer"]} layers, D {shape["n_embd"]}, d_ffn '
@@ -344,7 +359,7 @@ def bench_generate(bench, device):
         torch.manual_seed(bench.seed)
         models[side] = GPT(GPTConfig(**changes, **shape, vocab_size=84)).to(device)
     idx = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    sides = {side: lambda turn, model=model: model.generate(idx, 256, seed=0)
+    sides = {side: lambda _, model=model: model.generate(idx, 256, seed=0)
              for side, model in models.items()}
     seconds = alternate(sides, BenchConfig(rounds=min(3, bench.rounds), warmup=1))
     print('\ngeneration, 6 layers, D 384, batch 1, 256 tokens, float32')
