@@ -2,7 +2,7 @@
 Train a GPT whose MLP is aoe, moe or dense, on one GPU or on a CPU, and draw how
 the variants compare.
 
-    python train.py config/shakespeare_cpu.py             # the three in turn
+    python train.py config/shakespeare_cpu.py             # four, in turn
     python train.py config/shakespeare_cpu.py --mlp=moe --max_iters=500
     python train.py config/shakespeare_cpu.py --init_from=resume   # go on
     python train.py --n_layer=6 --n_embd=384 --d_low=64   # no file: defaults

@@ -14,7 +14,4 @@ runs = {
     'aoe whole 1e-3': {'mlp': 'aoe', 'factorised': False, 'd_low': 16, 'learning_rate': 1e-3},
     'aoe whole 2e-3': {'mlp': 'aoe', 'factorised': False, 'd_low': 16, 'learning_rate': 2e-3},
     'aoe whole 4e-3': {'mlp': 'aoe', 'factorised': False, 'd_low': 16, 'learning_rate': 4e-3},
-    'aoe 1e-3': {'mlp': 'aoe', 'learning_rate': 1e-3},
-    'aoe 2e-3': {'mlp': 'aoe', 'learning_rate': 2e-3},
-    'aoe 4e-3': {'mlp': 'aoe', 'learning_rate': 4e-3},
 }

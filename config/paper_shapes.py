@@ -1,9 +1,7 @@
 """
-Does it last? With more and smaller experts, with three times the tokens, and with
-another text, the sources of Python's standard library as characters; the rest as in
-paper_table2.py, with L_aux:
+Where is AoE at its best? With more and smaller experts, or with three times the
+tokens, each beside MoE; the rest as in paper_table2.py:
 
-    python prepare_data.py $(python -c "import os; print(os.__file__[:-5])")*.py --name=code
     python train.py config/paper_table2.py config/paper_shapes.py
 """
 
@@ -12,13 +10,6 @@ aux_weight = 0.01
 runs = {
     'moe 4 of 16': {'mlp': 'moe', 'd_ffn': 192, 'n_expert': 16, 'top_k': 4},
     'aoe 4 of 16': {'mlp': 'aoe', 'd_ffn': 192, 'n_expert': 16, 'top_k': 4},
-    'aoe whole 4 of 16': {'mlp': 'aoe', 'factorised': False, 'd_low': 16,
-                          'd_ffn': 192, 'n_expert': 16, 'top_k': 4},
     'moe long': {'mlp': 'moe', 'max_iters': 4800, 'eval_interval': 1200},
     'aoe long': {'mlp': 'aoe', 'max_iters': 4800, 'eval_interval': 1200},
-    'aoe whole long': {'mlp': 'aoe', 'factorised': False, 'd_low': 16,
-                       'max_iters': 4800, 'eval_interval': 1200},
-    'moe code': {'mlp': 'moe', 'dataset': 'code'},
-    'aoe code': {'mlp': 'aoe', 'dataset': 'code'},
-    'aoe whole code': {'mlp': 'aoe', 'factorised': False, 'd_low': 16, 'dataset': 'code'},
 }

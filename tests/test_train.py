@@ -249,7 +249,8 @@ def test_a_script_ends_with_one_line_and_status_2(workspace):
 
 @pytest.mark.parametrize('file', CONFIGS)
 def test_every_config_trains_models_of_one_size(file):
-    shape = 'paper_table2.py' if file.startswith('paper_') else file   # others add to its shape
+    with open(os.path.join(ROOT, 'config', file), encoding='utf-8') as text:
+        shape = 'paper_table2.py' if 'config/paper_table2.py' in text.read() else file
     values = {}
     for name in (shape, file):
         values |= read_config_file(TrainConfig, os.path.join(ROOT, 'config', name))
@@ -314,3 +315,10 @@ def test_runs_with_the_same_seed_share_their_batches():
     assert plan_runs({}, {'mlp': 'dense'})[0].folder == 'out/default/dense'
     run, = plan_runs({'n_layer': 2, 'runs': {'deep': {'n_layer': 6}}}, {'max_iters': 5})
     assert (run.name, run.config.n_layer, run.config.max_iters) == ('deep', 6, 5)
+
+
+def test_mlp_on_the_command_line_takes_the_place_of_a_files_runs():
+    file = {'runs': {'aoe whole': {'mlp': 'aoe', 'factorised': False}, 'moe': {'mlp': 'moe'}}}
+    assert [run.name for run in plan_runs(dict(file), {})] == ['aoe whole', 'moe']
+    run, = plan_runs(dict(file), {'mlp': 'dense', 'name': 'x'})
+    assert (run.name, run.config.mlp, run.config.factorised) == ('x', 'dense', False)
