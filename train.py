@@ -11,8 +11,8 @@ the variants compare.
 Each run writes <out_dir>/<run>/config.json, log.jsonl (a line per evaluation),
 ckpt.pt (to resume from) and best.pt (the lowest validation loss). In <out_dir>
 are pictures of all runs found there: loss.png, drawn after each evaluation, and
-final_loss, expert_load, norm and expert_class after each run. What the table at
-the end stands on is written there, too, to results.jsonl.
+final_loss, expert_load, norm and expert_class at the end. What the table at the
+end stands on is written there, too, to results.jsonl.
 """
 
 import contextlib
@@ -932,10 +932,9 @@ def main(arguments):
             print('\nstopped and saved; to go on: '
                   f'python train.py {shlex.join(again)} --init_from=resume')
             break
-        if RANK == 0:
-            draw(config.out_dir)
     else:
         if RANK == 0 and not config.eval_only:
+            draw(config.out_dir)
             print_table(config.out_dir)
     status = 130 if stop.is_set() else 0
     if WORLD_SIZE > 1:

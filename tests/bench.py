@@ -8,12 +8,13 @@ Speed and memory of the three MLPs, in one run, the sides taking turns.
 Times are medians; a ratio is the median of the ratios of each round, so that
 what slows the machine for a while slows both sides of it. Parts: layer (an MLP
 alone, forward and backward), step (a training step of the model), memory
-(bytes kept for backward), cost (speed and memory of aoe over d_low), generate
-(text, one token at a time). `aoe whole` is aoe with a gate that is not factorised.
+(bytes kept for backward), cost (speed and memory of aoe over d_low). `aoe whole`
+is aoe with a gate that is not factorised.
 """
 
 import contextlib
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -34,7 +35,7 @@ from model import GPT, MLPS, PLAIN, GPTConfig
 from prepare_data import PrepareConfig, prepare
 from train import Training, choose_device, keep_freed_memory, plan_runs, print_rows
 
-PARTS = ('layer', 'step', 'memory', 'cost', 'generate')
+PARTS = ('layer', 'step', 'memory', 'cost')
 SIDES = {'dense': {'mlp': 'dense'}, 'moe': {'mlp': 'moe'}, 'aoe': {'mlp': 'aoe'},
          'aoe whole': {'mlp': 'aoe', 'factorised': False}}
 LAYERS = {          # the MLP alone: its configuration, and the tokens that pass it at once
@@ -42,11 +43,11 @@ LAYERS = {          # the MLP alone: its configuration, and the tokens that pass
     'medium': ({'n_embd': 384, 'd_ffn': 1024, 'd_low': 128}, 8192),
     'paper': ({'n_embd': 768, 'n_head': 12, 'd_ffn': 3072, 'd_low': 256}, 4096),
 }
-MODELS = {          # a whole training step
+MODELS = {          # a whole training step; of the paper's shape it is too long
     'small': {'n_layer': 4, 'n_head': 4, 'n_embd': 128, 'd_ffn': 256, 'block_size': 64,
               'batch_size': 16},
-    '6 x 384': {'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'd_ffn': 512, 'block_size': 256,
-                'batch_size': 8},
+    'medium': {'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'd_ffn': 512, 'block_size': 256,
+               'batch_size': 8},
 }
 
 
@@ -54,10 +55,10 @@ MODELS = {          # a whole training step
 class BenchConfig:
     """The keys of this script."""
     # keys
-    only: str = 'layer,step,memory,cost,generate'   # the parts to measure, with commas
-    shapes: str = 'small,medium,paper'   # of the layers, with commas
+    only: str = 'layer,step,memory,cost'   # the parts to measure, with commas
+    shapes: str = 'small,medium,paper'   # the sizes to measure, with commas
     rounds: int = 15                     # measurements of each side; the median counts
-    warmup: int = 5                      # rounds of a window; it warms up by windows until steady
+    warmup: int = 10                     # rounds of a window; it warms up by windows until steady
     seed: int = 0                        # of weights and inputs
     threads: int | None = None           # of the CPU; None: PyTorch's choice
     device: str = 'auto'                 # auto: cuda, else mps, else cpu
@@ -98,16 +99,15 @@ def multiply_adds(config):
 def alternate(sides, bench, make=lambda turn: None):
     """Time each side's function of what make(turn) gives, once a round: name -> seconds.
 
-    Before that it warms up: by windows of bench.warmup rounds, 10 at most, until no side gains 3 %
+    Before that it warms up: by windows of bench.warmup rounds, 6 at most, until no side gains 3 %
     from one to the next. A bfloat16 matmul on a CPU is slow whenever it meets a new shape, and with
     experts shapes are new for long.
     """
-    turn = 0
+    turns = itertools.count()
 
     def window(rounds):
-        nonlocal turn
         seconds = {name: [] for name in sides}
-        for turn in range(turn + 1, turn + 1 + rounds):
+        for turn in itertools.islice(turns, rounds):
             x = make(turn)
             for name, function in sides.items():
                 gc.collect()
@@ -121,7 +121,7 @@ def alternate(sides, bench, make=lambda turn: None):
         return seconds
 
     now = window(bench.warmup)
-    for _ in range(9):                   # on a noisy machine it would never end
+    for _ in range(5):                   # on a noisy machine it would never end
         before, now = now, window(bench.warmup)
         if all(ratio(now[name], before[name]) < 1.03 for name in sides):
             break
@@ -228,7 +228,10 @@ def bench_layer(bench, device):
 def bench_step(bench, device):
     """A training step of the whole model, as train.py does it."""
     results = []
-    for label, shape in MODELS.items():
+    for label in bench.shapes.split(','):
+        if label not in MODELS:
+            continue
+        shape = MODELS[label]
         with tempfile.TemporaryDirectory() as folder:
             with contextlib.redirect_stdout(None):
                 config = PrepareConfig(name='code', data_dir=folder)
@@ -351,27 +354,6 @@ def bench_cost(bench, device):
     return results
 
 
-def bench_generate(bench, device):
-    """Text one token at a time: batch 1, 256 new tokens."""
-    shape = {key: value for key, value in MODELS['6 x 384'].items() if key != 'batch_size'}
-    models = {}
-    for side, changes in SIDES.items():
-        torch.manual_seed(bench.seed)
-        models[side] = GPT(GPTConfig(**changes, **shape, vocab_size=84)).to(device)
-    idx = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    sides = {side: lambda _, model=model: model.generate(idx, 256, seed=0)
-             for side, model in models.items()}
-    seconds = alternate(sides, BenchConfig(rounds=min(3, bench.rounds), warmup=1))
-    print('\ngeneration, 6 layers, D 384, batch 1, 256 tokens, float32')
-    rows, results = [('', 'tokens/s')], []
-    for side in models:
-        speed = 256 / statistics.median(seconds[side])
-        results.append({'part': 'generate', 'side': side, 'tokens_per_second': speed})
-        rows.append((side, f'{speed:.0f}'))
-    print_rows(rows)
-    return results
-
-
 def main(arguments):
     values, rest = parse(BenchConfig, arguments, __doc__)
     if rest:
@@ -386,8 +368,7 @@ def main(arguments):
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
     print(f'torch {torch.__version__}, {device} ({name}), {bench.dtype}, {bench.rounds} rounds')
-    parts = {'layer': bench_layer, 'step': bench_step, 'memory': bench_memory, 'cost': bench_cost,
-             'generate': bench_generate}
+    parts = {'layer': bench_layer, 'step': bench_step, 'memory': bench_memory, 'cost': bench_cost}
     results = [row for part in bench.only.split(',') for row in parts[part](bench, device)]
     if bench.json:
         with open(bench.json, 'w', encoding='utf-8') as file:

@@ -134,7 +134,7 @@ MISTAKES = {prepare_data: (
     (['out/trained/aoe', '--top_k=3'], '--top_k: no such key; did you mean vocab_top_k?'),
     (['out/trained/aoe', '--device=tpu'], 'device: expected auto or one of'),
 ), bench: (
-    (['--only=everything'], "only: expected some of layer, step, memory, cost, generate, got"),
+    (['--only=everything'], "only: expected some of layer, step, memory, cost, got"),
     (['--rounds=0'], 'rounds: expected a positive number, got 0'),
     (['--warmup=x'], "--warmup: expected int, got 'x'"),
 )}
