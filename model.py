@@ -53,6 +53,7 @@ class GPTConfig:
     router: str = 'linear'               # of moe: linear; large: two layers, as big as aoe's w_down
     select: str = 'top_k'                # how experts are chosen: top_k, top_p or expert_choice
     top_p: float = 0.6                   # for top_p: the probability that the chosen reach together
+    weigh_among: str = 'chosen'          # weights: softmax over the chosen, or over all (Switch)
     conf_weight: float = 0.0             # weight of the penalty on Ent_conf; paper: 1e-4 with top_p
     capacity_factor: float = 2.0         # for expert_choice: an expert takes this * T/E tokens
 
@@ -66,6 +67,7 @@ class GPTConfig:
                'a positive number', lambda n: n > 0)
         expect(self, 'mlp', 'one of aoe, moe, dense', lambda mlp: mlp in ('aoe', 'moe', 'dense'))
         expect(self, 'router', 'linear or large', lambda router: router in ('linear', 'large'))
+        expect(self, 'weigh_among', 'chosen or all', lambda among: among in ('chosen', 'all'))
         expect(self, 'select', 'top_k, top_p or expert_choice',
                lambda select: select in ('top_k', 'top_p', 'expert_choice'))
         expect(self, 'top_p', 'more than 0 and at most 1', lambda p: 0 < p <= 1)
@@ -166,6 +168,12 @@ class SparseMLP(nn.Module):
         taken = torch.zeros_like(q).scatter(0, q.topk(capacity, dim=0).indices, 1.0)
         return torch.arange(E, device=p.device).expand(T, E).masked_fill(taken == 0, -1)
 
+    def weigh(self, p, I):
+        """w (T, K), by the scores p (T, E); 0 for nobody."""
+        if self.config.weigh_among == 'all':
+            return p.softmax(-1).gather(1, I.clamp(min=0)).masked_fill(I < 0, 0)
+        return softmax_over(p.gather(1, I.clamp(min=0)), I)
+
     def experts(self, x, I, w, C=None):
         """h = sum over i in I of w_i (SiLU(gate_i) * (x Wp_i)) Wo_i, one expert after the other.
 
@@ -212,7 +220,7 @@ class MoE(SparseMLP):
     def forward(self, x):                                          # (T, D)
         p = self.route(x)                                          # R(x): (T, E)
         I = self.choose(p)                                         # argtopK(p): (T, K)
-        w = weigh(p, I)                                            # softmax(p[I]): (T, K)
+        w = self.weigh(p, I)                                       # softmax(p[I]): (T, K)
         h = self.experts(x, I, w)                                  # Eq. 1: (T, D)
         return h, self.routing(p, I, w)
 
@@ -231,7 +239,7 @@ class AoE(SparseMLP):
         C = (x @ self.down()).view(len(x), self.config.n_expert, -1)   # Eq. 3: (T, E, d_low)
         p = norm(C)                                                # Eq. 4: (T, E)
         I = self.choose(p)                                         # argtopK(p): (T, K)
-        w = weigh(p, I)                                            # softmax(p[I]): (T, K)
+        w = self.weigh(p, I)                                       # softmax(p[I]): (T, K)
         h = self.experts(x, I, w, C)                               # Algorithm 2, last line: (T, D)
         return h, self.routing(p, I, w)
 
@@ -246,11 +254,6 @@ class AoE(SparseMLP):
 def norm(C):
     """||C||, the L2 norm over the last dimension."""
     return torch.linalg.vector_norm(C, dim=-1, dtype=torch.promote_types(C.dtype, torch.float32))
-
-
-def weigh(p, I):
-    """w = softmax(p[I]), over the chosen alone: p (T, E), I (T, K) -> (T, K)."""
-    return softmax_over(p.gather(1, I.clamp(min=0)), I)
 
 
 def softmax_over(p_I, I):
@@ -638,7 +641,7 @@ class LeanMoE(Lean, MoE):
         p = forgetting(self.route, x)                              # (T, E)
         I = self.choose(p.detach())                                # (T, K)
         rows = self.sort(I, x)
-        w = weigh(p, I)                                            # (T, K)
+        w = self.weigh(p, I)                                       # (T, K)
         C_I = self.chosen_rows(x, self.w_down, None, rows) if self.config.factorised else None
         h = self.experts_of_rows(x, C_I, w, rows)                  # (T, D)
         return h, self.routing(p, I, w)
@@ -653,7 +656,10 @@ class LeanAoE(Lean, AoE):
         I = self.choose(p.detach())                                # (T, K)
         rows = self.sort(I, x)
         C_I = self.chosen_rows(x, self.down(), C.detach(), rows)   # (P, d_low)
-        w = softmax_over(norm(C_I)[rows.row], I)                   # (T, K)
+        if self.config.weigh_among == 'all':                       # a gradient for all of p
+            w = self.weigh(p, I)                                   # (T, K)
+        else:
+            w = softmax_over(norm(C_I)[rows.row], I)
         h = self.experts_of_rows(x, C_I, w, rows)                  # (T, D)
         return h, self.routing(p, I, w)
 

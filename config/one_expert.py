@@ -1,6 +1,7 @@
 """
 One expert a token, K = 1: the softmax over the one chosen is 1, and gives a router
-no gradient. In the shape of paper_table2.py, with L_aux:
+no gradient. Switch Transformers weight by the probability among all E, which does.
+In the shape of paper_table2.py, with L_aux:
 
     python train.py config/paper_table2.py config/one_expert.py
 """
@@ -12,4 +13,7 @@ runs = {
     'moe': {'mlp': 'moe'},
     'aoe whole': {'mlp': 'aoe', 'factorised': False, 'd_low': 16},
     'aoe': {'mlp': 'aoe'},
+    'moe switch': {'mlp': 'moe', 'weigh_among': 'all'},
+    'aoe whole switch': {'mlp': 'aoe', 'factorised': False, 'd_low': 16, 'weigh_among': 'all'},
+    'aoe switch': {'mlp': 'aoe', 'weigh_among': 'all'},
 }

@@ -26,7 +26,7 @@ import configurator
 from configurator import UserError, read_text, replacing
 from train import COLORS, mean_and_spread, print_rows
 
-VARIANTS = ('moe factorised', 'moe large router', 'moe switch', 'moe', 'aoe whole', 'aoe', 'dense')
+VARIANTS = ('moe factorised', 'moe large router', 'moe', 'aoe whole', 'aoe', 'dense')
 
 LABELS = {'': 'without L_aux', 'aux': 'with L_aux'}                # of settings in the picture
 
