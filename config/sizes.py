@@ -1,7 +1,6 @@
 """
 Does the gap close with size? Width D 48, 96 and 192, with heads of 24 numbers and a
-learning rate in proportion to 1 / sqrt(D), the same tokens, and L_aux. The judges
-are D/6 wide, in the last run 16, as at D 96:
+learning rate in proportion to 1 / sqrt(D), the same tokens, and L_aux:
 
     python train.py config/paper_table2.py config/sizes.py
 """
@@ -24,6 +23,4 @@ runs = {
                 'learning_rate': 1.4e-3},
     'aoe whole 192': {'mlp': 'aoe', 'n_embd': 192, 'n_head': 8, 'd_ffn': 768, 'd_low': 32,
                       'learning_rate': 1.4e-3, 'factorised': False},
-    'aoe whole 16 of 192': {'mlp': 'aoe', 'n_embd': 192, 'n_head': 8, 'd_ffn': 768, 'd_low': 16,
-                            'learning_rate': 1.4e-3, 'factorised': False},
 }
