@@ -35,7 +35,8 @@ def test_the_norms_of_all_experts_are_not_kept_with_aux_loss_either():
 
 def test_the_script_writes_what_it_prints(tmp_path):
     printed = run_script('tests/bench.py', '--only=layer,memory,cost', '--shapes=small',
-                         '--rounds=1', '--warmup=1', '--json=bench.json', cwd=tmp_path).stdout
+                         '--rounds=1', '--warmup=1', '--threads=1', '--json=bench.json',
+                         cwd=tmp_path).stdout
     results = json.loads((tmp_path / 'bench.json').read_text())['results']
     cost = {'moe', 'aoe 8', 'aoe 24', 'aoe 40', 'aoe 88', 'aoe whole 24', 'aoe whole 40'}
     for part, figure, sides in (('layer', '{ms:.2f}', set(SIDES)),

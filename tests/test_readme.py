@@ -22,7 +22,7 @@ def text_of(page):
 SHORT = {
     'train.py': ['--max_iters=1', '--eval_iters=1', '--batch_size=2', '--n_layer=2', '--threads=1'],
     'sample.py': ['--max_new_tokens=20'],
-    'tests/bench.py': ['--rounds=1', '--warmup=1', '--shapes=small'],
+    'tests/bench.py': ['--rounds=1', '--warmup=1', '--shapes=small', '--threads=1'],
 }
 TINY = ['--dataset=shakespeare_gpt2', '--n_embd=48', '--n_head=2', '--d_ffn=64', '--d_low=16',
         '--block_size=16', '--gradient_accumulation_steps=2']
@@ -42,9 +42,10 @@ def commands():
 def test_every_command_runs_shortened(tmp_path, code_text):
     """In their order, in one folder, since some go on from what others made."""
     shutil.copytree(os.path.join(ROOT, 'config'), tmp_path / 'config')
-    shapes = tmp_path / 'config/paper_shapes.py'         # whose runs say how long they are
-    shapes.write_text(re.sub("'max_iters': [0-9]+, ", '', shapes.read_text(encoding='utf-8')),
-                      encoding='utf-8')
+    for name in ('paper_shapes.py', 'more_text.py'):     # whose runs say how long they are
+        file = tmp_path / 'config' / name
+        file.write_text(re.sub("'max_iters': [0-9]+, ", '', file.read_text(encoding='utf-8')),
+                        encoding='utf-8')
     (tmp_path / 'my.txt').write_text(code_text, encoding='utf-8', newline='')
     ran = set()
     for command in commands():
