@@ -93,7 +93,8 @@ def expect(config, keys, expected, fits):
 
 def is_folder_name(name):
     """Whether a folder can be made that is called so and lies in the folder where it is made."""
-    return name not in ('', '.', '..') and os.path.basename(name) == name
+    return (isinstance(name, str) and name not in ('', '.', '..')
+            and os.path.basename(name) == name)
 
 
 def field_types(cls):

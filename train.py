@@ -88,6 +88,8 @@ class TrainConfig(GPTConfig):
         super().__post_init__()
         if self.min_lr is None:
             self.min_lr = self.learning_rate / 10
+        if self.name is None:
+            self.name = self.mlp
         expect(self, 'batch_size gradient_accumulation_steps eval_interval eval_iters log_interval'
                ' max_iters learning_rate lr_decay_iters threads', 'a positive number',
                lambda n: n > 0)
@@ -97,6 +99,16 @@ class TrainConfig(GPTConfig):
         expect(self, 'threads', f'at most the {os.cpu_count()} of this machine',
                lambda n: n <= os.cpu_count())
         expect(self, 'beta1 beta2', 'at least 0 and below 1', lambda beta: 0 <= beta < 1)
+        expect(self, 'out_dir', 'a folder to write to', lambda out_dir: out_dir)
+        expect(self, 'name', 'the name of a folder in out_dir', is_folder_name)
+
+    @property
+    def folder(self):
+        """The folder that the run writes to."""
+        return os.path.join(self.out_dir, f'{self.name}-{self.seed}' if self.seeds else self.name)
+
+    def path(self, file):
+        return os.path.join(self.folder, file)
 
 
 # Keys in which a run may differ from the checkpoint that it goes on from: how long it trains, how
@@ -105,25 +117,14 @@ FREE = {'max_iters', 'lr_decay_iters', 'eval_interval', 'log_interval', 'eval_on
         'out_dir', 'name', 'runs', 'seeds', 'dataset', 'data_dir', 'device', 'threads', 'compile'}
 
 
-@dataclass
-class Run:
-    """One model to train: its name, its configuration and the folder that it writes to."""
-    name: str
-    config: TrainConfig
-    folder: str
-
-    def path(self, file):
-        return os.path.join(self.folder, file)
-
-
 def plan_runs(from_file, from_line):
-    """The Runs that the values of a config file and of the command line ask for.
+    """The TrainConfigs that the values of a config file and of the command line ask for.
 
     One, or one for each entry of `runs`, or of mlp's list, and for each of `seeds`: all variants
     with one seed, then with the next. Later wins: file, run, line; --mlp takes the place of runs.
     """
     values = from_file | from_line
-    variants, name, seeds = (values.pop(key, None) for key in ('runs', 'name', 'seeds'))
+    variants, name, seeds = values.pop('runs', None), values.pop('name', None), values.get('seeds')
     if variants is None or 'mlp' in from_line:                     # --mlp, and not a file's runs
         mlps = values.pop('mlp', TrainConfig.mlp).split(',')
         variants, from_line = {mlp: {'mlp': mlp} for mlp in mlps}, {}
@@ -133,33 +134,21 @@ def plan_runs(from_file, from_line):
         raise UserError('name: expected one run with it, got several; give one --mlp=, or no name')
     if name is not None:
         variants = {name: next(iter(variants.values()))}
-    if not values.get('out_dir', TrainConfig.out_dir):
-        raise UserError("out_dir: expected a folder to write to, got ''")
-    for name, differs in variants.items():
-        if not isinstance(name, str) or not isinstance(differs, dict):
-            raise UserError('runs: expected a name and a dict of keys for each, '
-                            f'got {name!r}: {differs!r}')
-        for key, value in differs.items():
-            differs[key] = check_type(TrainConfig, key, value, f'runs, {name}: ')
-            if key in ('runs', 'seed', 'seeds', 'out_dir'):
-                raise UserError(f'runs, {name}: expected keys of one run, got {key}; '
-                                'give it for all')
-            if key in from_line:
-                raise UserError(f'--{key}: expected a key that all runs share, got one that '
-                                f'the run {name} sets itself')
-    planned = []
+    planned, shared = {}, {'runs', 'name', 'seed', 'seeds', 'out_dir', *from_line}
     for seed in seeds or [values.get('seed', TrainConfig.seed)]:
+        seed = check_type(TrainConfig, 'seed', seed, 'seeds, ')
         for name, differs in variants.items():
-            seed = check_type(TrainConfig, 'seed', seed, 'seeds, ')
-            config = build(TrainConfig, values | differs | {'seed': seed})
-            if not is_folder_name(name):
-                raise UserError(f'name: expected the name of a folder in out_dir, got {name!r}')
-            folder = os.path.join(config.out_dir, f'{name}-{seed}' if seeds else name)
-            planned.append(Run(name, config, folder))
-    folders = [run.folder for run in planned]
-    if len(set(folders)) < len(folders):
-        raise UserError(f'seeds: expected each once, got {", ".join(folders)}')
-    return planned
+            where = f'runs, {name}: '
+            if not isinstance(differs, dict):
+                raise UserError(f'{where}expected a dict of keys, got {differs!r}')
+            own = {key: check_type(TrainConfig, key, differs[key], where) for key in differs}
+            if given := shared & own.keys():
+                raise UserError(f'{where}expected keys of one run, got {min(given)}, which '
+                                'all share')
+            config = build(TrainConfig, values | own | {'name': name, 'seed': seed})
+            if planned.setdefault(config.folder, config) is not config:
+                raise UserError(f'seeds: expected each once, got {seed} twice')
+    return list(planned.values())
 
 
 # -----------------------------------------------------------------------------
@@ -310,11 +299,11 @@ def make_optimizer(model, config, device):
 
 
 class Training:
-    """A Run in progress: model, optimizer and data, and how far they are."""
+    """A run in progress: model, optimizer and data, and how far they are."""
 
-    def __init__(self, run):
-        self.run, self.config = run, run.config
-        c, self.device = self.config, choose_device(run.config.device)
+    def __init__(self, config):
+        c = self.config = config
+        self.device = choose_device(c.device)
         if c.gradient_accumulation_steps % WORLD_SIZE:
             raise UserError(f'gradient_accumulation_steps: expected a multiple of the {WORLD_SIZE} '
                             f'processes, which share them, got {c.gradient_accumulation_steps}')
@@ -342,7 +331,7 @@ class Training:
         self.grad_norms, self.skipped_steps = [], 0
         self.iteration, self.tokens, self.seconds, self.best_loss = 0, 0, 0.0, math.inf
         self.losses, self.last_loss = [], math.nan                 # of iterations not checked yet
-        self.log, self.log_on_disk = [], read_text(run.path('log.jsonl'))
+        self.log, self.log_on_disk = [], read_text(c.path('log.jsonl'))
         self.tokens_per_iter = c.gradient_accumulation_steps * c.batch_size * c.block_size
 
     def step(self):
@@ -390,7 +379,7 @@ class Training:
             self.best_loss = entry['val_loss']
             self.save_weights('best.pt', val_loss=self.best_loss)
         self.log_on_disk = ''.join(json.dumps(line) + '\n' for line in self.log)
-        write_text(self.run.path('log.jsonl'), self.log_on_disk)
+        write_text(self.config.path('log.jsonl'), self.log_on_disk)
         report(entry)
 
     def check(self):
@@ -409,7 +398,7 @@ class Training:
 
     def stop_at(self, iteration, got):
         rate = self.config.learning_rate
-        raise UserError(f'{self.run.folder}: iteration {iteration}: expected a finite loss, got '
+        raise UserError(f'{self.config.folder}: iteration {iteration}: expected a finite loss, got '
                         f'{got}; the last was {self.last_loss:.4f}. ckpt.pt is from before. Train '
                         f'anew with --name= and less than --learning_rate={rate:g}; --warmup_iters '
                         'and --grad_clip can help, too')
@@ -435,12 +424,12 @@ class Training:
     def save_weights(self, file, **more):
         content = {'model': self.model.state_dict(), 'config': asdict(self.config),
                    'meta': self.data.meta, 'iter': self.iteration} | more
-        with replacing(self.run.path(file)) as part:
+        with replacing(self.config.path(file)) as part:
             torch.save(content, part)
 
     def load(self):
         """Take up everything from ckpt.pt; forget evaluations that the log has from after it."""
-        path = self.run.path('ckpt.pt')
+        path = self.config.path('ckpt.pt')
         checkpoint = load_checkpoint(path, self.device, 'optimizer', 'tokens', 'scaler')
         check_checkpoint(path, checkpoint, self.config, self.data)
         self.model.load_state_dict(checkpoint['model'])
@@ -453,27 +442,26 @@ class Training:
         if self.config.lr_decay_iters is None:                     # the schedule stays as it was
             trained = checkpoint['config']
             self.config.lr_decay_iters = trained['lr_decay_iters'] or trained['max_iters']
-        self.log = [entry for entry in read_log(self.run.path('log.jsonl'))
+        self.log = [entry for entry in read_log(self.config.path('log.jsonl'))
                     if entry['iter'] <= self.iteration]
 
     def check_alone(self):
         """Raise UserError if another process has written to the folder since this one did."""
-        if read_text(self.run.path('log.jsonl')) != self.log_on_disk:
-            raise UserError(f'{self.run.folder}: expected to be alone with this run, got a '
+        if read_text(self.config.path('log.jsonl')) != self.log_on_disk:
+            raise UserError(f'{self.config.folder}: expected to be alone with this run, got a '
                             'log.jsonl that another process has written; it goes on, this one ends')
 
     def describe(self):
         """Print and return what the model is."""
-        c, facts = self.config, {'run': self.run.name,
-                                 'total_parameters': self.model.total_parameters(),
+        c, facts = self.config, {'total_parameters': self.model.total_parameters(),
                                  'active_parameters': self.model.active_parameters(),
                                  'flops_per_token': self.model.flops_per_token()}
         dtype, at_most = str(self.dtype).removeprefix('torch.'), 'at most ' * (c.select == 'top_p')
-        print(f'\n{self.run.name}: {facts["total_parameters"]:,} parameters, '
+        print(f'\n{c.name}: {facts["total_parameters"]:,} parameters, '
               f'{at_most}{facts["active_parameters"]:,} active, '
               f'{facts["flops_per_token"] / 1e6:.1f} MFLOPs per token\n'
               f'{c.max_iters:,} iterations of {self.tokens_per_iter:,} tokens, {self.device}, '
-              f'{dtype}, seed {c.seed}\nin {self.run.folder}')
+              f'{dtype}, seed {c.seed}\nin {c.folder}')
         off = c.equation_5(c.d_low)[1]
         if c.mlp != 'dense' and c.factorised and abs(off) > 0.01:
             than = 'larger' if off > 0 else 'smaller'
@@ -485,22 +473,22 @@ class Training:
         return facts
 
 
-def train(run, stop):
-    """Train one Run, from scratch or from its checkpoint, until max_iters or until stop is set."""
-    training, config = Training(run), run.config                   # it refuses what cannot be
-    make_folder(run)
-    if os.path.exists(run.path('ckpt.pt')):
+def train(config, stop):
+    """Train one run, from scratch or from its checkpoint, until max_iters or until stop is set."""
+    training = Training(config)                                    # it refuses what cannot be
+    make_folder(config)
+    if os.path.exists(config.path('ckpt.pt')):
         if config.init_from == 'scratch':
-            return print(f'\n{run.folder}: another process has trained it by now; left as it is')
+            return print(f'\n{config.folder}: another process has trained it by now; left as it is')
         training.load()
     facts = training.describe()
     if training.iteration >= config.max_iters and training.is_logged():
         return report(training.log[-1])                            # nothing is left to do
     if RANK == 0:
-        write_text(run.path('config.json'), json.dumps(facts | asdict(config), indent=1))
+        write_text(config.path('config.json'), json.dumps(facts | asdict(config), indent=1))
 
     bar = tqdm(total=config.max_iters * training.tokens_per_iter, initial=training.tokens,
-               desc=run.name, unit='tok', unit_scale=True, disable=True if RANK else None,
+               desc=config.name, unit='tok', unit_scale=True, disable=True if RANK else None,
                dynamic_ncols=True)
     started = time.perf_counter()
     every = 1 if WORLD_SIZE == 1 else config.log_interval          # asking others takes time
@@ -527,9 +515,9 @@ def train(run, stop):
                                     + f', {skipped} skipped' * bool(skipped), refresh=False)
 
 
-def evaluate_only(run):
-    """Evaluate one Run's checkpoint and write nothing."""
-    training = Training(run)
+def evaluate_only(config):
+    """Evaluate one run's checkpoint and write nothing."""
+    training = Training(config)
     training.load()
     training.describe()
     entry = evaluate(training.model, training.data, training.autocast)
@@ -555,16 +543,16 @@ def read_log(path):
                         f'"{error}"; mend it, or remove the folder and train again') from None
 
 
-def make_folder(run):
+def make_folder(config):
     """Make the folder of a run, and clear it of what a killed process left half-written."""
     try:
-        os.makedirs(run.folder, exist_ok=True)
+        os.makedirs(config.folder, exist_ok=True)
     except OSError as error:
-        raise UserError(f'out_dir: expected a folder to write to, got {run.config.out_dir!r}: '
+        raise UserError(f'out_dir: expected a folder to write to, got {config.out_dir!r}: '
                         f'{error.strerror}') from None
-    for file in os.listdir(run.folder):
+    for file in os.listdir(config.folder):
         if file.endswith('.part') and RANK == 0:
-            os.remove(run.path(file))
+            os.remove(config.path(file))
 
 
 def load_checkpoint(path, device, *more):
@@ -710,7 +698,7 @@ def find_runs(out_dir):
             continue
         config = json.loads(config)
         shape = {key: value for key, value in config.items() if key not in FREE | {'seed'}}
-        name = config['run']
+        name = config['name'] or folder                            # older ones tell no name
         if settings.setdefault(name, shape) != shape:
             name = folder
         seeds = found.setdefault(name, [])
@@ -722,22 +710,32 @@ def find_runs(out_dir):
 def draw(out_dir, files=None):
     """Draw pictures of all runs in out_dir, all of DRAWN or these files of it. What hinders is told
     in a line, and stops nobody."""
-    import matplotlib  # here: slow to import, and sample.py imports this file
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    runs = None
+    plt, runs = pyplot(), None
     for file in files or DRAWN:
         try:
             runs = runs or find_runs(out_dir)
             color = {name: COLORS[i % len(COLORS)] for i, name in enumerate(runs)}
             figure = DRAWN[file](plt, runs, color)
             if figure:
-                dpi = min(100, 2400 / max(figure.get_size_inches()))
-                with replacing(os.path.join(out_dir, file)) as part:
-                    figure.savefig(part, format='png', dpi=dpi)
+                save_figure(figure, os.path.join(out_dir, file))
                 plt.close(figure)
         except Exception as error:       # a picture is never worth a run
             tqdm.write(f'{file} is not drawn: {(str(error).splitlines() or [repr(error)])[0]}')
+
+
+def pyplot():
+    """Matplotlib, for files; not above, since it is slow to import and sample.py imports this."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def save_figure(figure, path):
+    """Write a PNG of at most 2,400 pixels a side."""
+    dpi = min(100, 2400 / max(figure.get_size_inches()))
+    with replacing(path) as part:
+        figure.savefig(part, format='png', dpi=dpi)
 
 
 def as_text(name):
@@ -889,9 +887,9 @@ def print_table(out_dir):
 
 def check_folders(runs):
     """Refuse, with a UserError, to write over a run, or to go on where there is none."""
-    config, there = runs[0].config, [run for run in runs if os.path.exists(run.path('ckpt.pt'))]
+    config, there = runs[0], [run for run in runs if os.path.exists(run.path('ckpt.pt'))]
     if (config.init_from == 'resume' or config.eval_only) and not there:
-        raise UserError(f'{runs[0].path("ckpt.pt")}: expected a checkpoint to go on from, got no '
+        raise UserError(f'{config.path("ckpt.pt")}: expected a checkpoint to go on from, got no '
                         'such file; train first, without --init_from=resume')
     if config.init_from == 'scratch' and not config.eval_only and there:
         raise UserError(f'{there[0].folder}: expected a new folder, got one that holds a run; '
@@ -904,7 +902,7 @@ def main(arguments):
     for file in files:
         from_file |= read_config_file(TrainConfig, file)
     runs = plan_runs(from_file, from_line)
-    config = runs[0].config
+    config = runs[0]
     if RANK == 0:
         check_folders(runs)
     keep_freed_memory()

@@ -116,7 +116,7 @@ def main(folders):
         if config.mlp != 'moe' or config.factorised:
             raise UserError(f'{folder}: expected a moe that is not factorised, got {config.mlp}')
         for choice, scores in tqdm(CHOICES.items(), desc=folder, unit='choice', disable=None):
-            training = train.Training(train.Run(folder, config, folder))
+            training = train.Training(config)
             checkpoint = train.load_checkpoint(path, training.device)
             train.check_checkpoint(path, checkpoint, config, training.data)
             training.model.load_state_dict(checkpoint['model'])
@@ -124,8 +124,7 @@ def main(folders):
                 if isinstance(layer, MoE) and scores:
                     choose_by(layer, scores)
             found = train.evaluate(training.model, training.data, training.autocast, ['val'])
-            name = os.path.basename(os.path.normpath(folder)).removesuffix(f'-{config.seed}')
-            losses[choice].setdefault(name, []).append(found['val_loss'])
+            losses[choice].setdefault(config.name, []).append(found['val_loss'])
     names = losses['router']
     train.print_rows([('chosen by', *names)] + [
         (choice, *(train.mean_and_spread(found[name]) for name in names))

@@ -137,7 +137,7 @@ def test_a_named_run_joins_the_others_and_k_can_change_on_the_way(trained):
     run_script('train.py', *common, cwd=workspace)
     printed = run_script('train.py', *common, '--name=few', '--top_k=1', cwd=workspace).stdout
     assert list(table_of(printed)) == ['run', 'few', 'moe']
-    assert json.loads((workspace / 'out/named/few/config.json').read_text())['run'] == 'few'
+    assert json.loads((workspace / 'out/named/few/config.json').read_text())['name'] == 'few'
     losses = [run_script('train.py', *common, '--eval_only=True', f'--top_k={k}',
                          cwd=workspace).stdout.split()[-3] for k in (1, 2, 4)]
     assert len(set(losses)) == 3
@@ -193,7 +193,7 @@ def test_a_config_file_may_name_runs_and_seeds(workspace):
     mean, spread = np.mean(losses[1]), np.std(losses[1], ddof=1)
     assert f'{mean:.4f} ± {spread:.4f}' in printed
     config = json.loads((workspace / 'out/two/balanced-2/config.json').read_text())
-    keys = ('run', 'mlp', 'aux_weight', 'seed')
+    keys = ('name', 'mlp', 'aux_weight', 'seed')
     assert [config[key] for key in keys] == ['balanced', 'moe', 0.01, 2]
 
 
@@ -254,14 +254,14 @@ def test_every_config_trains_models_of_one_size(file):
     values = {}
     for name in (shape, file):
         values |= read_config_file(TrainConfig, os.path.join(ROOT, 'config', name))
-    assert all(run.config.eval_only or run.config.out_dir == f'out/{file.removesuffix(".py")}'
+    assert all(run.eval_only or run.out_dir == f'out/{file.removesuffix(".py")}'
                for run in plan_runs(dict(values), {}))
     values = {key: value for key, value in values.items() if key not in ('runs', 'seeds')}
     sizes = {}
     for run in plan_runs(values, {'mlp': 'aoe,moe,dense'}):
-        run.config.vocab_size = run.config.vocab_size or 84
+        run.vocab_size = run.vocab_size or 84
         with torch.device('meta'):
-            sizes[run.name] = GPT(train.model_config(run.config)).total_parameters()
+            sizes[run.name] = GPT(train.model_config(run)).total_parameters()
     assert abs(sizes['aoe'] / sizes['moe'] - 1) < 0.01 and sizes['dense'] < sizes['moe']
 
 
@@ -308,17 +308,17 @@ def test_batches_depend_on_seed_and_iteration_and_evaluation_batches_on_neither(
 
 def test_runs_with_the_same_seed_share_their_batches():
     runs = plan_runs({'mlp': 'aoe,moe', 'out_dir': 'o'}, {'seeds': (3, 4)})
-    assert [(run.name, run.config.mlp, run.config.seed, run.folder) for run in runs] == [
+    assert [(run.name, run.mlp, run.seed, run.folder) for run in runs] == [
         ('aoe', 'aoe', 3, 'o/aoe-3'), ('moe', 'moe', 3, 'o/moe-3'),
         ('aoe', 'aoe', 4, 'o/aoe-4'), ('moe', 'moe', 4, 'o/moe-4')]
     assert [run.folder for run in plan_runs({'out_dir': 'o'}, {'seeds': (3,)})] == ['o/aoe-3']
     assert plan_runs({}, {'mlp': 'dense'})[0].folder == 'out/default/dense'
     run, = plan_runs({'n_layer': 2, 'runs': {'deep': {'n_layer': 6}}}, {'max_iters': 5})
-    assert (run.name, run.config.n_layer, run.config.max_iters) == ('deep', 6, 5)
+    assert (run.name, run.n_layer, run.max_iters) == ('deep', 6, 5)
 
 
 def test_mlp_on_the_command_line_takes_the_place_of_a_files_runs():
     file = {'runs': {'aoe whole': {'mlp': 'aoe', 'factorised': False}, 'moe': {'mlp': 'moe'}}}
     assert [run.name for run in plan_runs(dict(file), {})] == ['aoe whole', 'moe']
     run, = plan_runs(dict(file), {'mlp': 'dense', 'name': 'x'})
-    assert (run.name, run.config.mlp, run.config.factorised) == ('x', 'dense', False)
+    assert (run.name, run.mlp, run.factorised) == ('x', 'dense', False)

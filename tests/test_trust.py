@@ -196,7 +196,7 @@ def test_a_run_that_another_process_has_begun_is_left_to_it(train_here, refuse, 
     def step_while_another_writes(self):
         step(self)
         if self.iteration == 5:
-            with open(self.run.path('log.jsonl'), 'a') as file:
+            with open(self.config.path('log.jsonl'), 'a') as file:
                 file.write('{"iter": 10}\n')
     monkeypatch.setattr(train.Training, 'step', step_while_another_writes)
     line = refuse(train.main, *SMALL, '--mlp=aoe', '--out_dir=out/both')
@@ -214,7 +214,7 @@ def test_one_run_and_seed_counts_once_and_other_settings_count_apart(train_here)
     shutil.copytree('out/once/fast', 'out/once/dense-3')
     config = json.load(open('out/once/fast/config.json'))
     with open('out/once/dense-3/config.json', 'w') as file:
-        json.dump(config | {'run': 'dense'}, file)
+        json.dump(config | {'name': 'dense'}, file)
     found = train.find_runs('out/once')
     seeds = {name: [config['seed'] for config, _ in seeds] for name, seeds in found.items()}
     assert seeds == {'dense': [1, 2], 'dense-3': [3], 'fast': [3]}
@@ -281,7 +281,7 @@ def test_sizes_that_do_not_match_are_told_and_impossible_ones_refused(train_here
 def test_active_experts_follow_the_rule(train_here, capsys):
     def active(*arguments):
         config = train.plan_runs({'vocab_size': 84, 'n_embd': 64}, configurator.parse(
-            train.TrainConfig, ['--mlp=moe', *arguments], '')[0])[0].config
+            train.TrainConfig, ['--mlp=moe', *arguments], '')[0])[0]
         return train.GPT(train.model_config(config)).active_parameters()
     everything = active('--top_k=8')
     assert active('--select=expert_choice', '--capacity_factor=8') == everything
