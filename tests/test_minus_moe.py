@@ -23,26 +23,26 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import configurator
-from configurator import UserError, read_text, replacing
-from train import COLORS, mean_and_spread, print_rows
+from configurator import UserError, read_text
+from train import COLORS, mean_and_spread, print_rows, pyplot, save_figure
 
-VARIANTS = ('moe factorised', 'moe large router', 'moe', 'aoe whole', 'aoe', 'dense')
-
+VARIANTS = ('moe', 'moe factorised', 'moe large router', 'aoe whole', 'aoe', 'dense')
 LABELS = {'': 'without L_aux', 'aux': 'with L_aux'}                # of settings in the picture
 
 
 def parts_of(name):
     """A run's name as (variant, setting): 'aoe whole 96' is ('aoe whole', '96')."""
-    for variant in VARIANTS:
-        if f'{name} '.startswith(f'{variant} '):
-            return variant, name[len(variant):].strip()
-    raise UserError(f'expected runs called {", ".join(VARIANTS)}, and a setting, got {name!r}')
+    known = [variant for variant in VARIANTS if f'{name} '.startswith(f'{variant} ')]
+    if not known:
+        raise UserError(f'expected runs called {", ".join(VARIANTS)}, and a setting, got {name!r}')
+    variant = max(known, key=len)
+    return variant, name[len(variant):].strip()
 
 
 def order_of(name):
     """To sort names by: settings, 8 before 16, and in each of them the variants."""
     variant, setting = parts_of(name)
-    return len(setting), setting, VARIANTS.index(variant) if variant != 'moe' else -1
+    return len(setting), setting, VARIANTS.index(variant)
 
 
 def differences(losses):
@@ -83,11 +83,8 @@ def test_what_is_no_results_file_is_refused(refuse, file):
 
 def draw(found, file):
     """Of each variant the differences over its settings, with standard errors; moe is 0."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
     settings = list(dict.fromkeys(parts_of(name)[1] for name in sorted(found, key=order_of)))
-    figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
+    figure, axes = pyplot().subplots(figsize=(7, 4), layout='constrained')
     axes.axhline(0, color='black', linewidth=1, label='moe')
     for variant, color in zip(VARIANTS, COLORS):
         points = [(settings.index(setting), found[f'{variant} {setting}'.strip()])
@@ -101,8 +98,7 @@ def draw(found, file):
              title='Seed by seed: mean, standard error')
     axes.grid(alpha=0.3)
     figure.legend(loc='outside right upper')
-    with replacing(file) as part:
-        figure.savefig(part, format='png', dpi=100)
+    save_figure(figure, file)
 
 
 def main(files):

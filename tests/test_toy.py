@@ -23,6 +23,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from model import MLPS, GPTConfig
+from train import pyplot, save_figure
 
 D, SIGMAS, STEPS = 64, 3.0, 300          # SIGMAS: each number of a mean is this far from 0
 SIGN = torch.tensor([1.0, -1.0, 0.0])    # the mean of each class, in units of SIGMAS
@@ -72,10 +73,7 @@ def test_moe_gives_opposite_classes_to_opposite_experts_and_aoe_to_the_same(seed
 
 
 def main(path):
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figure, panels = plt.subplots(2, 2, figsize=(7, 5), sharey=True, layout='constrained')
+    figure, panels = pyplot().subplots(2, 2, figsize=(7, 5), sharey=True, layout='constrained')
     for row, mlp in zip(panels, ('moe', 'aoe')):
         seeds = [shares(mlp, seed) for seed in range(3)]
         for stage, axes in enumerate(row):
@@ -93,7 +91,7 @@ def main(path):
         row[0].set_ylabel('share that expert 2 handles')
     panels[0, 0].legend(fontsize=8)
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    figure.savefig(path, dpi=80)
+    save_figure(figure, path)
     print(f'drawn: {path}')
 
 
