@@ -655,11 +655,11 @@ class LeanAoE(Lean, AoE):
         p, C = forgetting(self.evaluate, x)                        # (T, E), (T, E, d_low)
         I = self.choose(p.detach())                                # (T, K)
         rows = self.sort(I, x)
-        C_I = self.chosen_rows(x, self.down(), C.detach(), rows)   # (P, d_low)
-        if self.config.weigh_among == 'all':                       # a gradient for all of p
-            w = self.weigh(p, I)                                   # (T, K)
-        else:
-            w = softmax_over(norm(C_I)[rows.row], I)
+        chosen = self.config.weigh_among == 'chosen'               # else all of p has a gradient
+        C_I = None
+        if chosen or self.config.factorised:
+            C_I = self.chosen_rows(x, self.down(), C.detach(), rows)           # (P, d_low)
+        w = softmax_over(norm(C_I)[rows.row], I) if chosen else self.weigh(p, I)   # (T, K)
         h = self.experts_of_rows(x, C_I, w, rows)                  # (T, D)
         return h, self.routing(p, I, w)
 
