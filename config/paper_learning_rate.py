@@ -11,7 +11,7 @@ runs = {
     'moe 1e-3': {'mlp': 'moe', 'learning_rate': 1e-3},
     'moe 2e-3': {'mlp': 'moe', 'learning_rate': 2e-3},
     'moe 4e-3': {'mlp': 'moe', 'learning_rate': 4e-3},
-    'aoe whole 1e-3': {'mlp': 'aoe', 'factorised': False, 'd_low': 16, 'learning_rate': 1e-3},
-    'aoe whole 2e-3': {'mlp': 'aoe', 'factorised': False, 'd_low': 16, 'learning_rate': 2e-3},
-    'aoe whole 4e-3': {'mlp': 'aoe', 'factorised': False, 'd_low': 16, 'learning_rate': 4e-3},
+    'aoe whole 1e-3': {'mlp': 'aoe', 'factorised': False, 'learning_rate': 1e-3},
+    'aoe whole 2e-3': {'mlp': 'aoe', 'factorised': False, 'learning_rate': 2e-3},
+    'aoe whole 4e-3': {'mlp': 'aoe', 'factorised': False, 'learning_rate': 4e-3},
 }

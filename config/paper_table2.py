@@ -13,12 +13,10 @@ out_dir = 'out/paper_table2'
 init_from = 'auto'
 threads = 1
 
-# the paper's proportions: d_ffn = 4 D, d_low = D/12, D/6, D/3, 2 D/3
+# the paper's proportions: d_ffn = 4 D, by default; d_low = D/12, D/6, D/3, 2 D/3
 n_layer = 3
 n_head = 4
 n_embd = 96
-d_ffn = 384
-d_low = 32
 
 block_size = 64
 batch_size = 16

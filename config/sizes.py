@@ -8,19 +8,15 @@ learning rate in proportion to 1 / sqrt(D), the same tokens, and L_aux:
 out_dir = 'out/sizes'
 aux_weight = 0.01
 runs = {
-    'moe 48': {'mlp': 'moe', 'n_embd': 48, 'n_head': 2, 'd_ffn': 192, 'd_low': 16,
-               'learning_rate': 2.8e-3},
-    'aoe 48': {'mlp': 'aoe', 'n_embd': 48, 'n_head': 2, 'd_ffn': 192, 'd_low': 16,
-               'learning_rate': 2.8e-3},
-    'aoe whole 48': {'mlp': 'aoe', 'n_embd': 48, 'n_head': 2, 'd_ffn': 192, 'd_low': 8,
-                     'learning_rate': 2.8e-3, 'factorised': False},
+    'moe 48': {'mlp': 'moe', 'n_embd': 48, 'n_head': 2, 'learning_rate': 2.8e-3},
+    'aoe 48': {'mlp': 'aoe', 'n_embd': 48, 'n_head': 2, 'learning_rate': 2.8e-3},
+    'aoe whole 48': {'mlp': 'aoe', 'factorised': False, 'n_embd': 48, 'n_head': 2,
+                     'learning_rate': 2.8e-3},
     'moe 96': {'mlp': 'moe'},
     'aoe 96': {'mlp': 'aoe'},
-    'aoe whole 96': {'mlp': 'aoe', 'factorised': False, 'd_low': 16},
-    'moe 192': {'mlp': 'moe', 'n_embd': 192, 'n_head': 8, 'd_ffn': 768, 'd_low': 64,
-                'learning_rate': 1.4e-3},
-    'aoe 192': {'mlp': 'aoe', 'n_embd': 192, 'n_head': 8, 'd_ffn': 768, 'd_low': 64,
-                'learning_rate': 1.4e-3},
-    'aoe whole 192': {'mlp': 'aoe', 'n_embd': 192, 'n_head': 8, 'd_ffn': 768, 'd_low': 32,
-                      'learning_rate': 1.4e-3, 'factorised': False},
+    'aoe whole 96': {'mlp': 'aoe', 'factorised': False},
+    'moe 192': {'mlp': 'moe', 'n_embd': 192, 'n_head': 8, 'learning_rate': 1.4e-3},
+    'aoe 192': {'mlp': 'aoe', 'n_embd': 192, 'n_head': 8, 'learning_rate': 1.4e-3},
+    'aoe whole 192': {'mlp': 'aoe', 'factorised': False, 'n_embd': 192, 'n_head': 8,
+                      'learning_rate': 1.4e-3},
 }

@@ -6,7 +6,7 @@ and without L_aux, five seeds, in the shape of paper_table2.py, a process a core
     python train.py config/paper_table2.py config/two_questions.py --seeds=1,3,5
     python train.py config/paper_table2.py config/two_questions.py --seeds=2,4
 
-d_low is 32, D/3, where the gate is factorised, and 16 neurons, D/6, where not.
+By default, d_low is 32, D/3, where the gate is factorised, and 16 neurons, D/6, where not.
 """
 
 out_dir = 'out/two_questions'
@@ -16,8 +16,8 @@ runs = {
     'moe aux': {'mlp': 'moe', 'aux_weight': 0.01},
     'moe factorised': {'mlp': 'moe', 'factorised': True},
     'moe factorised aux': {'mlp': 'moe', 'factorised': True, 'aux_weight': 0.01},
-    'aoe whole': {'mlp': 'aoe', 'factorised': False, 'd_low': 16},
-    'aoe whole aux': {'mlp': 'aoe', 'factorised': False, 'd_low': 16, 'aux_weight': 0.01},
+    'aoe whole': {'mlp': 'aoe', 'factorised': False},
+    'aoe whole aux': {'mlp': 'aoe', 'factorised': False, 'aux_weight': 0.01},
     'aoe': {'mlp': 'aoe'},
     'aoe aux': {'mlp': 'aoe', 'aux_weight': 0.01},
 }
