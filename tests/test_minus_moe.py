@@ -40,9 +40,13 @@ def parts_of(name):
 
 
 def order_of(name):
-    """To sort names by: settings, 8 before 16, and in each of them the variants."""
+    """To sort names by: settings, by size where they are numbers, and in each the variants."""
     variant, setting = parts_of(name)
-    return len(setting), setting, VARIANTS.index(variant)
+    try:
+        number = float(setting)
+    except ValueError:
+        number = -math.inf
+    return number, setting, VARIANTS.index(variant)
 
 
 def differences(losses):
@@ -74,6 +78,8 @@ def test_a_run_is_compared_with_moe_seed_by_seed():
     assert found['aoe 8 aux'] == pytest.approx([0.1])              # likewise
     assert found['aoe whole 64'] == [-1.0]                         # minus moe, for want of moe 64
     assert standard_error([0.1, 0.2, 0.3]) == pytest.approx(0.1 / math.sqrt(3))
+    assert sorted(['aoe 1e-3', 'moe 1e-3', 'aoe 16', 'aoe 8', 'aoe aux', 'moe'], key=order_of) == [
+        'moe', 'aoe aux', 'moe 1e-3', 'aoe 1e-3', 'aoe 8', 'aoe 16']
 
 
 @pytest.mark.parametrize('file', ['none.jsonl', 'two_questions.py'])
@@ -122,7 +128,7 @@ def main(files):
         minus, ahead = '-', '-'
         if name in found:
             mean, error = statistics.mean(found[name]), standard_error(found[name])
-            minus = f'{mean:+.4f} ± {error:.4f}'
+            minus = f'{mean:+.4f}' + f' ± {error:.4f}' * (error < math.inf)
             minus = f'**{minus}**' if abs(mean) > 2 * error else minus
             ahead = f'{sum(d < 0 for d in found[name])} of {len(found[name])}'
 
