@@ -75,6 +75,11 @@ def test_every_command_runs_shortened(tmp_path, code_text):
                    'tests/test_toy.py', 'tests/test_pilot.py', 'tests/test_minus_moe.py'}
 
 
+@pytest.mark.parametrize('file', ('bench', 'test_minus_moe', 'test_pilot', 'test_toy'))
+def test_what_the_pages_start_needs_no_pytest(file):
+    assert not re.search('^(import|from) pytest', text_of(f'tests/{file}.py'), flags=re.M)
+
+
 @pytest.mark.slow
 def test_the_command_for_openwebtext_runs_on_a_parquet_folder(tmp_path):
     import datasets
