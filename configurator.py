@@ -1,32 +1,32 @@
 """
-What the scripts share: from a dataclass of defaults, a config file and --key=value
+What the scripts share: from a dataclass of defaults, config files and --key=value
 arguments to one typed configuration; errors in one line; files that are whole.
 
     python train.py config/shakespeare.py --max_iters=500 --learning_rate=1e-3
 
 The dataclass says which keys exist, of which type, with which default; the comment
 behind a field is its help. Later wins: default, config file, command line. A config
-file is a list of assignments, read and never executed:
+file is Python and is run, so start only those that you trust. What it assigns are
+keys, except for names that begin with _:
 
-    n_embd = 64 * 4          # literals, and arithmetic on them and on names assigned above
-    lr_decay_iters = max_iters
+    n_embd = 64 * 4
+    runs = {f'aoe {_d}': {'d_low': _d} for _d in (8, 16, 32)}
 """
 
 import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
-import operator
 import os
 import re
+import runpy
 import sys
 import textwrap
+import traceback
 import types
 import typing
-
-ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-              ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv}
 
 
 class UserError(Exception):
@@ -34,30 +34,44 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call main(arguments of the command line). A UserError ends the program with its line and exit
-    status 2, Ctrl-C with 130; a reader of its output that is gone, as of `| head`, ends it too."""
+    """Call main(arguments of the command line). What a user can mend ends the program with one line
+    and exit status 2: a UserError, too little memory, no room for the output. Ctrl-C ends it with
+    130, and a reader of its output that is gone, as of `| head`, with 141."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors='replace')             # a terminal may lack a character
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
+        end(f'error: {error}', 2)
     except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
+        end('interrupted', 130)
+    except (MemoryError, RuntimeError) as error:         # PyTorch's are RuntimeErrors
+        got = f'{type(error).__name__}: {error}'
+        if not re.search('MemoryError|out of memory|DefaultCPUAllocator', got):
+            raise
+        end(f'error: expected enough memory, got "{textwrap.shorten(got, 100)}"; try less at once, '
+            'such as a smaller --batch_size or --block_size', 2)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # for the flush at the end
-        sys.exit(141)
+        if error.errno == errno.EPIPE:
+            sys.exit(141)
+        end(f'error: expected room for the output, got "{error.strerror}"; make some', 2)
+
+
+def end(line, status):
+    print(line, file=sys.stderr)
+    sys.exit(status)
 
 
 def parse(cls, arguments, usage):
     """Read command-line arguments against the dataclass cls.
 
     Returns (values, rest): the values given as --key=value, by key, each of its field's type;
-    and the other arguments. --help prints usage and keys, and exits. Raises UserError for an
-    unknown key or a wrong type.
+    and the other arguments, paths. --help prints usage and keys, and exits. Raises UserError for
+    an unknown key or a wrong type.
     """
     if '-h' in arguments or '--help' in arguments:
         print_help(cls, usage)
@@ -65,12 +79,12 @@ def parse(cls, arguments, usage):
     values, rest = {}, []
     for argument in arguments:
         if not argument.startswith('-'):
-            rest.append(argument)
+            rest.append(os.path.expanduser(argument))
             continue
         key, equals, text = argument.removeprefix('--').partition('=')
         if not argument.startswith('--') or not equals:
             raise UserError(f'expected --key=value, got {argument!r}; --help lists the keys')
-        values[key] = from_text(cls, key, text)
+        values[key] = check_type(cls, key, text)
     return values, rest
 
 
@@ -97,47 +111,36 @@ def is_folder_name(name):
             and os.path.basename(name) == name)
 
 
-def field_types(cls):
-    """The annotation of each key, by name."""
-    return {field.name: field.type for field in dataclasses.fields(cls)}
-
-
-def type_of(cls, key, where='--'):
-    """The annotation of key, or a UserError that suggests the nearest key there is."""
-    known = field_types(cls)
+def check_type(cls, key, value, where='--'):
+    """value as the type of key's field: of a text the literal in it, unless a text is expected; an
+    int will do for a float or a tuple, and ~ for the home folder in a path. Raises UserError."""
+    known = {field.name: field.type for field in dataclasses.fields(cls)}
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
         hint = f'did you mean {near[0]}?' if near else '--help lists the keys'
+        hint += " (a config file's own names begin with _)" * where.endswith('.py: ')
         raise UserError(f'{where}{key}: no such key; {hint}')
-    return known[key]
 
-
-def from_text(cls, key, text):
-    """The value that the text behind --key= stands for."""
-    expected = type_of(cls, key)
+    expected = known[key]
     options = typing.get_args(expected) or (expected,)
-    if str in options:                                   # any text is a string, '3' as well
-        return None if text == 'None' and types.NoneType in options else text
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        value = text
-    return check_type(cls, key, value)
-
-
-def check_type(cls, key, value, where='--'):
-    """value as the type of key's field: an int will do for a float, one int for a tuple."""
-    expected = type_of(cls, key, where)
+    is_text = str in options and not (value == 'None' and types.NoneType in options)
+    if type(value) is str and not is_text:
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            value = ast.literal_eval(value)
+    if type(value) is str and (key == 'input' or key.endswith('_dir')):
+        value = os.path.expanduser(value)
     is_literal = typing.get_origin(expected) is typing.Literal
-    for option in typing.get_args(expected) or (expected,):
+    for option in options:
         if type(value) is option:
             return value
-        if is_literal and value == option and type(value) is type(option):
+        if is_literal and type(value) is type(option) and value == option:
             return value
         if option is float and type(value) is int:
             return float(value)
-        if option is tuple and type(value) in (int, list):
-            return tuple(value) if type(value) is list else (value,)
+        if option is tuple and type(value) is int:
+            return (value,)
+        if option is tuple and type(value) in (list, range):
+            return tuple(value)
     raise UserError(f'{where}{key}: expected {type_name(expected)}, got {value!r}')
 
 
@@ -150,83 +153,36 @@ def type_name(annotation):
 
 
 def read_config_file(cls, path):
-    """The assignments of a config file, by key, each of its field's type. Nothing in it is run."""
+    """Run a config file, which is Python. Returns what it assigned by key, each of its field's
+    type; names that begin with _ are its own. Raises UserError, also for any error in it."""
+    if not (path.endswith('.py') and os.path.isfile(path)):
+        raise UserError('expected a config file such as config/shakespeare_cpu.py, or --key=value, '
+                        f'got {path!r}: there is no such .py file')
     try:
-        with open(path, encoding='utf-8') as file:
-            statements = ast.parse(file.read()).body
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, 'strerror', None) or 'it is no UTF-8 text'
-        raise UserError(f'expected a config file such as config/shakespeare_cpu.py, or '
-                        f'--key=value, got {path!r}: {reason}') from None
-    except (SyntaxError, ValueError) as error:
-        raise UserError(f'{path}: expected lines of key = value, got {error}') from None
-
-    values = {}
-    for statement in statements:
-        where = f'{path}, line {statement.lineno}: '
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            continue                                     # a docstring
-        if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1
-                and isinstance(statement.targets[0], ast.Name)):
-            got = ast.unparse(statement).splitlines()[0]
-            raise UserError(f'{where}expected key = value, got {got!r}')
-        key = statement.targets[0].id
-        values[key] = check_type(cls, key, evaluate(statement.value, values, where), where)
-    return values
-
-
-def evaluate(node, names, where):
-    """The value of a syntax tree of literals, names assigned above, and arithmetic on numbers."""
-    match node:
-        case ast.Constant():
-            return node.value
-        case ast.Name() if node.id in names:
-            return names[node.id]
-        case ast.List() | ast.Tuple():
-            return [evaluate(item, names, where) for item in node.elts]
-        case ast.Dict() if None not in node.keys:
-            return {evaluate(key, names, where): evaluate(value, names, where)
-                    for key, value in zip(node.keys, node.values)}
-        case ast.UnaryOp(op=ast.USub()):
-            return -number(node.operand, names, where)
-        case ast.BinOp() if type(node.op) in ARITHMETIC:
-            left = number(node.left, names, where)
-            right = number(node.right, names, where)
-            if not (right == 0 and isinstance(node.op, (ast.Div, ast.FloorDiv))):
-                return ARITHMETIC[type(node.op)](left, right)
-    raise UserError(f'{where}expected a literal, or arithmetic on literals and names assigned '
-                    f'above, got {ast.unparse(node)!r}')
-
-
-def number(node, names, where):
-    value = evaluate(node, names, where)
-    if type(value) not in (int, float):
-        raise UserError(f'{where}expected a number, got {value!r}')
-    return value
+        names = runpy.run_path(path)
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if frame.filename == path]
+        line = lines[-1] if lines else getattr(error, 'lineno', None) or 1     # of a SyntaxError
+        got = textwrap.shorten(f'{type(error).__name__}: {error}', 100)
+        raise UserError(f'{path}, line {line}: expected it to run, got {got}') from None
+    return {key: check_type(cls, key, value, f'{path}: ') for key, value in names.items()
+            if not key.startswith('_')}
 
 
 def print_help(cls, usage):
-    """The usage, then every key with default, type and comment, under its group's heading."""
+    """The usage; then each key with default, type and comment, and the headings between them, as
+    they stand in the source of cls and its parents."""
     print(usage.strip())
-    for line in field_lines(cls):
-        if isinstance(line, str):
-            print(f'\n{line}:')
-            continue
-        key, comment = line
-        field = next(field for field in dataclasses.fields(cls) if field.name == key)
-        print(f'  --{key}={field.default}  ({type_name(field.type)})')
-        print(textwrap.fill(comment, 80, initial_indent=' ' * 6, subsequent_indent=' ' * 6))
-
-
-def field_lines(cls):
-    """From the source of cls and its parents, in order: headings (str), and (key, comment) for
-    each field."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     for parent in reversed(cls.__mro__[:-1]):
         for line in inspect.getsource(parent).splitlines():
-            if heading := re.fullmatch(r'    # (.+)', line):
-                yield heading[1]
-            elif field := re.fullmatch(r'    (\w+): .+ = .+?  # (.+)', line):
-                yield field[1], field[2]
+            if heading := re.fullmatch('    # (.+)', line):
+                print(f'\n{heading[1]}:')
+            elif field := re.fullmatch(r'    (\w+): .+?  # (.+)', line):
+                key, comment = field.groups()
+                print(f'  --{key}={fields[key].default}  ({type_name(fields[key].type)})')
+                print(f'      {comment}')
 
 
 # -----------------------------------------------------------------------------
@@ -255,8 +211,8 @@ def write_text(path, text):
 
 
 def read_text(path):
-    """The text of a file, '' where there is none."""
+    """The text of a file, '' where there is none; bytes that are not UTF-8 become \ufffd."""
     if not os.path.exists(path):
         return ''
-    with open(path, encoding='utf-8') as file:
+    with open(path, encoding='utf-8', errors='replace') as file:
         return file.read()

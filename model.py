@@ -6,11 +6,12 @@ A small GPT whose MLP is one of three, and nothing else changes:
     aoe     E experts, no router; every expert looks at the token, and the K that respond
             most strongly go on: Autonomy-of-Experts, arXiv 2501.13074            (Algorithm 2)
 
-Three parts, to be read in this order:
+Four parts, to be read in this order:
 
-    1. the three MLPs, as the paper writes them        all of AoE is here
+    1. the three MLPs, as the paper writes them        all of AoE is here, and all of it runs
     2. the GPT around them                             RMSNorm, rotary positions, no biases
-    3. moe and aoe once more, faster and leaner        the same numbers; skip it at first
+    3. all experts at once                             SparseMLP.experts, faster; skip it at first
+    4. the configuration's defaults and refusals
 
 Shapes in the comments:
     B sequences, S positions, T = B*S tokens, D = n_embd, E = n_expert, K = top_k
@@ -20,12 +21,11 @@ Shapes in the comments:
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from configurator import expect
@@ -46,67 +46,31 @@ class GPTConfig:
     n_expert: int = 8                    # experts per layer, E
     top_k: int = 2                       # experts that handle a token, K
     d_ffn: int | None = None             # hidden width of a moe expert; None: 4 n_embd
-    d_low: int | None = None             # numbers by which aoe judges; None: n_embd / 3, or / 6
+    d_low: int | None = None             # inner width of a factorised gate; None: about D / 3
+    d_judge: int | None = None           # neurons by which aoe judges if the gate is whole: D / 6
     aux_weight: float = 0.0              # weight of the balancing loss, a of Eq. 2; paper: 0.01
-    plain: bool = False                  # run part 1 of model.py, not part 3: slow and simple
+    plain: bool = False                  # one expert after the other, as part 1 shows it: slow
     # the paper's other variants (Tables 2 and 3)
-    router: str = 'linear'               # of moe: linear; large: two layers, as big as aoe's w_down
-    select: str = 'top_k'                # how experts are chosen: top_k, top_p or expert_choice
+    router: Literal['linear', 'large'] = 'linear'   # of moe; large: two layers, as big as w_down
+    select: Literal['top_k', 'top_p', 'expert_choice'] = 'top_k'   # how experts are chosen
     top_p: float = 0.6                   # for top_p: the probability that the chosen reach together
-    weigh_among: str = 'chosen'          # weights: softmax over the chosen, or over all (Switch)
+    weigh_among: Literal['chosen', 'all'] = 'chosen'   # weights: softmax over these (all: Switch)
     conf_weight: float = 0.0             # weight of the penalty on Ent_conf; paper: 1e-4 with top_p
     capacity_factor: float = 2.0         # for expert_choice: an expert takes this * T/E tokens
 
     def __post_init__(self):
-        D = self.n_embd
-        if self.factorised is None:
-            self.factorised = self.mlp == 'aoe'
-        if self.d_ffn is None:
-            self.d_ffn = 4 * D
-        expect(self, 'block_size vocab_size n_layer n_head n_embd n_expert top_k d_ffn d_low',
-               'a positive number', lambda n: n > 0)
-        expect(self, 'mlp', 'one of aoe, moe, dense', lambda mlp: mlp in ('aoe', 'moe', 'dense'))
-        expect(self, 'router', 'linear or large', lambda router: router in ('linear', 'large'))
-        expect(self, 'weigh_among', 'chosen or all', lambda among: among in ('chosen', 'all'))
-        expect(self, 'select', 'top_k, top_p or expert_choice',
-               lambda select: select in ('top_k', 'top_p', 'expert_choice'))
-        expect(self, 'top_p', 'more than 0 and at most 1', lambda p: 0 < p <= 1)
-        expect(self, 'capacity_factor', 'more than 0', lambda c: c > 0)
-        expect(self, 'aux_weight conf_weight', '0 or more', lambda weight: weight >= 0)
-        expect(self, 'dropout', 'a probability below 1', lambda p: 0 <= p < 1)
-        expect(self, 'top_k', f'at most n_expert = {self.n_expert}', lambda k: k <= self.n_expert)
-        expect(self, 'n_embd', f'a multiple of 2 * n_head = {2 * self.n_head} (rotary positions '
-               'turn pairs of numbers within a head)', lambda n: n % (2 * self.n_head) == 0)
-        if self.d_low is None and self.mlp == 'aoe' and not self.factorised:
-            self.d_low = min(max(8, 8 * round(D / 48)), D, self.d_ffn)         # about D/6
-        if self.d_low is None:               # the multiple of 8 near D/3 that d_wide can follow
-            self.d_low = min(range(8, max(8, D // 2) + 1, 8), key=lambda d_low: (
-                abs(self.equation_5(d_low)[1]) > 0.008, abs(d_low - D / 3)))
-        expect(self, 'd_low', f'at most n_embd = {D}', lambda d_low: d_low <= D)
-        if self.mlp == 'aoe' and not self.factorised:
-            expect(self, 'd_low', f'at most d_ffn = {self.d_ffn}', lambda n: n <= self.d_ffn)
-        if self.mlp != 'dense' and self.factorised:
-            expect(self, 'd_low', f'less, since Eq. 5 leaves no d_wide to experts of d_ffn = '
-                   f'{self.d_ffn}', lambda d_low: self.equation_5(d_low)[0] > 0)
-
-    def equation_5(self, d_low):
-        """The d_wide that gives aoe the size of moe, as a multiple of 8; how much larger aoe is."""
-        D = self.n_embd
-        d_wide = 8 * round((3 * D * self.d_ffn - d_low * D) / (d_low + 2 * D) / 8)           # Eq. 5
-        aoe, moe = D * d_low + d_low * d_wide + 2 * D * d_wide, 3 * D * self.d_ffn + D
-        return d_wide, aoe / moe - 1
+        fill_in(self)                                              # part 4
+        refuse_misfits(self)
 
     @property
     def d_wide(self):
-        """Hidden width of an expert whose gate is factorised."""
-        return self.equation_5(self.d_low)[0]
+        """Hidden width of an expert with a factorised gate, which gives it the size of moe's."""
+        return equation_5(self.n_embd, self.d_ffn, self.d_low)
 
-    @property
-    def active_experts(self):
-        """Experts of a token: on average with expert_choice, at most with top_p."""
-        by_rule = {'top_k': self.top_k, 'top_p': self.n_expert,
-                   'expert_choice': min(self.capacity_factor, self.n_expert)}
-        return by_rule[self.select]
+
+def equation_5(D, d_ffn, d_low):
+    """d_wide, as a multiple of 8."""
+    return 8 * round((3 * D * d_ffn - d_low * D) / (d_low + 2 * D) / 8)
 
 
 # -----------------------------------------------------------------------------
@@ -115,7 +79,7 @@ class GPTConfig:
 class Routing(NamedTuple):
     """What the experts did with T tokens. The GPT stacks its layers: (L, T, E) and so on."""
     scores: torch.Tensor     # (T, E)  p: activation norms for aoe, the router's logits for moe
-    experts: torch.Tensor    # (T, K)  I: who handled the token; -1 for nobody
+    chosen: torch.Tensor     # (T, K)  I: the experts that handled the token; -1 for nobody
     weights: torch.Tensor    # (T, K)  w: 0 for nobody
     aux_loss: torch.Tensor   # ()      for the trainer to add to the loss
 
@@ -133,12 +97,15 @@ class MLP(nn.Module):
     def forward(self, x):
         return (F.silu(x @ self.w_g) * (x @ self.w_p)) @ self.w_o, None
 
+    def active_parameters(self):
+        return parameters_of(self)
+
 
 class SparseMLP(nn.Module):
     """What moe and aoe share: E small SwiGLU MLPs, of which each token sees K.
 
     An expert's gate is made in one of two ways, whoever chooses: x Wg_i, or factorised,
-    x Wdown_i Wup_i, through d_low numbers.
+    x Wdown_i Wup_i, through the d_low numbers C_i = x Wdown_i.
     """
 
     def __init__(self, config):
@@ -170,27 +137,32 @@ class SparseMLP(nn.Module):
 
     def weigh(self, p, I):
         """w (T, K), by the scores p (T, E); 0 for nobody."""
+        somebody = I.clamp(min=0)
+        w = p.gather(1, somebody).masked_fill(I < 0, -1e30).softmax(-1)        # softmax(p[I])
         if self.config.weigh_among == 'all':
-            return p.softmax(-1).gather(1, I.clamp(min=0)).masked_fill(I < 0, 0)
-        return softmax_over(p.gather(1, I.clamp(min=0)), I)
+            w = p.softmax(-1).gather(1, somebody)
+        return w.masked_fill(I < 0, 0)
 
     def experts(self, x, I, w, C=None):
         """h = sum over i in I of w_i (SiLU(gate_i) * (x Wp_i)) Wo_i, one expert after the other.
 
-        C (T, E, d_low): every x Wdown_i, where that is known.
+        C (T, E, d_low): every x Wdown_i, where an expert has looked already.
         """
+        if self.config.factorised and C is None:                   # a router chose: look now
+            C = recomputed(self.look_through, self.w_down, x)
+        if not self.config.plain:
+            return all_at_once(self, x, I, w, C)                   # the same, faster: part 3
         h = torch.zeros_like(x)
         for i in range(self.config.n_expert):
             t, k = (I == i).nonzero(as_tuple=True)                 # the tokens that chose expert i
-            if not self.config.factorised:
-                gate = x[t] @ self.w_g[i]
-            elif C is None:
-                gate = x[t] @ self.w_down.chunk(self.config.n_expert, dim=1)[i] @ self.w_up[i]
-            else:
-                gate = C[t, i] @ self.w_up[i]                      # C_i comes from the cache
+            gate = C[t, i] @ self.w_up[i] if self.config.factorised else x[t] @ self.w_g[i]
             y = (F.silu(gate) * (x[t] @ self.w_p[i])) @ self.w_o[i]            # (tokens, D)
             h = h.index_add(0, t, (w[t, k, None] * y).type_as(h))
         return h                                                   # (T, D)
+
+    def look_through(self, w_down, x):
+        """C (T, E, d_low): what every expert finds in x through its columns of w_down."""
+        return (x @ w_down).view(len(x), self.config.n_expert, -1)
 
     def routing(self, p, I, w):
         """The Routing, and in it L_aux (Eq. 2) and the penalty on Ent_conf, which need all of p."""
@@ -201,6 +173,15 @@ class SparseMLP(nn.Module):
         if self.config.conf_weight:
             loss = loss + self.config.conf_weight * entropy(p).mean()          # Eq. 8
         return Routing(p.detach(), I, w.detach(), loss)
+
+    def active_parameters(self):
+        """Those that the computation of one token touches: what scores it, and of the rest the
+        share of the experts that handle it: on average with expert_choice, at most with top_p."""
+        handle = {'top_k': self.config.top_k, 'top_p': self.config.n_expert,
+                  'expert_choice': min(self.config.capacity_factor, self.config.n_expert)}
+        share = handle[self.config.select] / self.config.n_expert
+        scoring = self.scoring_parameters()
+        return round(scoring + share * (parameters_of(self) - scoring))
 
 
 class MoE(SparseMLP):
@@ -218,8 +199,8 @@ class MoE(SparseMLP):
         self.router = nn.Parameter(torch.empty(rows, E))
 
     def forward(self, x):                                          # (T, D)
-        p = self.route(x)                                          # R(x): (T, E)
-        I = self.choose(p)                                         # argtopK(p): (T, K)
+        p = recomputed(self.route, x)                              # R(x): (T, E)
+        I = self.choose(p.detach())                                # argtopK(p): (T, K)
         w = self.weigh(p, I)                                       # softmax(p[I]): (T, K)
         h = self.experts(x, I, w)                                  # Eq. 1: (T, D)
         return h, self.routing(p, I, w)
@@ -230,25 +211,41 @@ class MoE(SparseMLP):
         with torch.autocast(x.device.type, enabled=False):         # scores are float32 at least
             return at_least_float32(x) @ at_least_float32(self.router)
 
+    def scoring_parameters(self):
+        router_in = self.router_in.numel() if self.config.router == 'large' else 0
+        return router_in + self.router.numel()
+
 
 class AoE(SparseMLP):
     """Autonomy of experts, Algorithm 2. No router: every expert takes the first step of its gate,
     and the norm of what it finds is its score. The chosen go on from what they found."""
 
     def forward(self, x):                                          # (T, D)
-        C = (x @ self.down()).view(len(x), self.config.n_expert, -1)   # Eq. 3: (T, E, d_low)
-        p = norm(C)                                                # Eq. 4: (T, E)
-        I = self.choose(p)                                         # argtopK(p): (T, K)
+        C, p = recomputed(self.look, x)                            # (T, E, d_low), (T, E)
+        I = self.choose(p.detach())                                # argtopK(p): (T, K)
         w = self.weigh(p, I)                                       # softmax(p[I]): (T, K)
         h = self.experts(x, I, w, C)                               # Algorithm 2, last line: (T, D)
         return h, self.routing(p, I, w)
 
+    def look(self, x):
+        """What every expert finds in x, and how much it is."""
+        C = self.look_through(self.down(), x)                      # Eq. 3
+        return C, norm(C)                                          # Eq. 4
+
     def down(self):
-        """Wdown_i of all experts side by side, (D, E d_low). Where the gate is not factorised, an
-        expert judges by the first d_low neurons of it: the first columns of Wg_i."""
+        """Wdown_i of all experts side by side, (D, E d_low). Where the gate is whole, an expert
+        judges by the first d_judge neurons of it: the first columns of Wg_i."""
         if self.config.factorised:
             return self.w_down
-        return self.w_g[:, :, :self.config.d_low].transpose(0, 1).flatten(1)
+        return self.w_g[:, :, :self.config.d_judge].transpose(0, 1).flatten(1)
+
+    def scoring_parameters(self):
+        return self.down().numel()                                 # all experts look at every token
+
+
+# Call a function and keep nothing of it but its arguments: backward calls it again, with the same
+# random numbers. So what it changes besides, a counter of its own, it would change twice.
+recomputed = partial(checkpoint, use_reentrant=False)
 
 
 def norm(C):
@@ -256,15 +253,10 @@ def norm(C):
     return torch.linalg.vector_norm(C, dim=-1, dtype=torch.promote_types(C.dtype, torch.float32))
 
 
-def softmax_over(p_I, I):
-    """softmax of p[I] (T, K), with 0 for nobody (-1)."""
-    return p_I.masked_fill(I < 0, -1e30).softmax(-1).masked_fill(I < 0, 0)
-
-
 def count(I, E):
     """How many tokens each expert handles: (E,)."""
-    counts = I.new_zeros(E + 1).scatter_add(0, I.flatten() + 1, torch.ones_like(I).flatten())
-    return counts[1:]                                              # without nobody
+    I = I.masked_fill(I < 0, E).flatten()                          # nobody comes last: cut off
+    return I.new_zeros(E + 1).scatter_add(0, I, torch.ones_like(I))[:E]
 
 
 def entropy(p):
@@ -276,8 +268,18 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-PLAIN = {'dense': MLP, 'moe': MoE, 'aoe': AoE}
-MLPS = dict(PLAIN)                       # what a Block takes; part 3 puts its own in their place
+def as_autocast(x):
+    """x in the dtype that autocast multiplies in."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def parameters_of(module):
+    """How many numbers are trained in it; a matrix that two of its parts share counts once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+MLPS = {'dense': MLP, 'moe': MoE, 'aoe': AoE}
 
 
 # -----------------------------------------------------------------------------
@@ -310,12 +312,16 @@ class CausalSelfAttention(nn.Module):
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         if past is not None:
             past[:] = k, v
+        seen = None                                                # all up to one's own: causal
+        if S > 1 and k.shape[2] > S:                               # is_causal would begin at 0
+            seen = torch.ones(S, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - S)
         autocast = torch.is_autocast_enabled(x.device.type)
         if x.device.type == 'cpu' and S < 256:                     # a CPU is 3 times as fast so
             q, k, v, autocast = at_least_float32(q), at_least_float32(k), at_least_float32(v), False
         with torch.autocast(x.device.type, enabled=autocast):
             y = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=S > 1)
+                q, k, v, seen, self.dropout if self.training else 0.0,
+                is_causal=S > 1 and seen is None)
         return self.out(y.transpose(1, 2).reshape(B, S, D))
 
 
@@ -327,12 +333,13 @@ class Block(nn.Module):
         self.norm_1 = nn.RMSNorm(config.n_embd)
         self.attention = CausalSelfAttention(config)
         self.norm_2 = nn.RMSNorm(config.n_embd)
-        self.mlp = (PLAIN if config.plain else MLPS)[config.mlp](config)
+        self.mlp = MLPS[config.mlp](config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cos, sin, past=None):                     # (B, S, D)
         x = x + self.dropout(self.attention(self.norm_1(x), cos, sin, past))
-        h, routing = self.mlp(self.norm_2(x).flatten(0, 1))        # (T, D)
+        tokens = as_autocast(self.norm_2(x)).flatten(0, 1)         # one copy for all that keep it
+        h, routing = self.mlp(tokens)                              # (T, D)
         return x + self.dropout(h.view_as(x)), routing
 
 
@@ -441,19 +448,13 @@ class GPT(nn.Module):
         return idx
 
     def total_parameters(self):
-        """Number of parameters; the matrix that embedding and head share counts once."""
-        return sum(p.numel() for p in self.parameters())
+        return parameters_of(self)
 
     def active_parameters(self):
-        """Parameters that the computation of one token touches: of the experts' matrices, K of E,
-        or as many as `select` lets. aoe's judges count whole: all experts evaluate every token."""
-        active, c = 0, self.config
-        for name, p in self.named_parameters():
-            of_chosen = p.dim() == 3 or name.endswith('w_down') and c.mlp == 'moe'
-            active += p.numel() * c.active_experts / c.n_expert if of_chosen else p.numel()
-        if c.mlp == 'aoe' and not c.factorised:                    # of the others: a part of w_g
-            active += c.n_layer * (c.n_expert - c.active_experts) * c.n_embd * c.d_low
-        return round(active)
+        """Parameters that the computation of one token touches; each layer counts its own."""
+        layers = [block.mlp for block in self.blocks]
+        return parameters_of(self) + sum(
+            layer.active_parameters() - parameters_of(layer) for layer in layers)
 
     def flops_per_token(self):
         """Floating-point operations of a training step per token: 6 for each active weight of a
@@ -465,37 +466,38 @@ class GPT(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# Part 3: the same layers, faster and in less memory.
+# Part 3: all experts at once, in less memory.
 #
 # Part 1 asks each expert in turn, and autograd keeps every intermediate for backward. Here the
 # chosen (token, expert) pairs are sorted by expert into P rows, so that all experts are one grouped
-# matmul, and backward computes again what is cheap. Above all, softmax over the chosen gives the
-# others no gradient: nothing of their C is kept, which makes aoe leaner than moe.
+# matmul, and backward computes again what is cheap. `--plain=True` does without.
 
 class Rows(NamedTuple):
     """The chosen pairs, sorted by expert, with padding in between: P rows."""
     token: torch.Tensor      # (P,)    the token of each row; 0 in padding
     expert: torch.Tensor     # (P,)    its expert
-    row: torch.Tensor        # (T, K)  the row of each pair; for nobody (-1) the last, a padding
+    row: torch.Tensor        # (T, K)  the row of each pair, of nobody (-1) one of the last expert's
     ends: torch.Tensor       # (E,)    int32: where each expert's rows end; the last is P
 
 
-def sort_by_expert(I, E, complete):
-    """Rows of I (T, K); complete: there is no -1 in it.
+def sort_by_expert(I, E, leave_out):
+    """Rows of I (T, K). leave_out: pairs with nobody (-1) get no row, for which their number has to
+    be read from the device; else the last expert computes them, for nothing.
 
     Each expert's rows are padded to a multiple of up to 16: a CPU prepares each new shape of a
     bfloat16 matmul for longer than it then takes, so few shapes are good. P does not depend on who
-    was chosen (the last expert takes what is left): no size has to be read from a GPU.
+    was chosen (the last expert takes what is left), unless they are left out.
     """
     T, K = I.shape
     load = count(I, E)                                             # (E,)
-    pairs = T * K if complete else int(load.sum())
+    pairs = int(load.sum()) if leave_out else T * K
     multiple = max(1, min(16, pairs // E // 16))
-    P = (pairs + E * (multiple - 1)) // multiple * multiple + (not complete)
+    P = (pairs + E * (multiple - 1)) // multiple * multiple + 1 * leave_out
     padding = -load % multiple                                     # (E,)
-    expert, pair = I.masked_fill(I < 0, E).flatten().sort(stable=True)
+    expert, pair = I.masked_fill(I < 0, E).flatten().sort(stable=True)         # nobody comes last
     expert, pair = expert[:pairs], pair[:pairs]                    # pair = t*K + k
-    row = torch.arange(pairs, device=I.device) + (padding.cumsum(0) - padding)[expert]
+    padding_before = F.pad(padding.cumsum(0), (1, 0))              # (E + 1,)
+    row = torch.arange(pairs, device=I.device) + padding_before[expert]
     ends = (load + padding).cumsum(0)
     ends[-1] = P
     return Rows(
@@ -521,7 +523,8 @@ def grouped_mm(a, b, ends):
     """A matmul for each expert: a (P, m), b (E, m, n) -> (P, n). Or the gradient of b: a (m, P),
     b (P, n) -> (E, m, n). One call where PyTorch has it, for widths of whole 16 bytes; the loop
     says what it does."""
-    whole = all(max(t.stride()[-2:]) * t.element_size() % 16 == 0 for t in (a, b))
+    strides = [max(t.stride()[-2:]) * t.element_size() for t in (a, b)]        # bytes
+    whole = strides[0] % 16 == strides[1] % 16 == 0
     if whole and has_grouped_mm(a):
         product = F.grouped_mm(a, b, offs=ends)
         if b.dim() == 2 and a.device.type == 'cuda':               # PyTorch issue 172439: garbage
@@ -543,129 +546,118 @@ def sum_rows(y, row, w=None):
     return (y[row] if w is None else y[row] * w.type_as(y).unsqueeze(-1)).sum(1)
 
 
-class Experts(torch.autograd.Function):
+class GroupedExperts(torch.autograd.Function):
     """SparseMLP.experts for Rows: forward is its formula. It keeps u, and g where that is x Wg_i.
     Backward computes again X, SiLU(g) * u, and a factorised g, a matmul only d_low deep. It needs
     no y: the gradient of a weight, <dh, y>, is <dh Wo^T, SiLU(g) * u>."""
 
     @staticmethod
-    def forward(ctx, x, C, w, w_gate, w_p, w_o, token, expert, row, ends):
+    def forward(ctx, x, C, weights, w_gate, w_p, w_o, token, row, ends):
         """C: what goes into the gate (P, d_low), or None for x itself. Returns h (T, D)."""
         X = x.index_select(0, token)                               # (P, D)
         g = grouped_mm(X if C is None else C, w_gate, ends)        # C_i Wup_i, or x Wg_i: (P, d)
         u = grouped_mm(X, w_p, ends)                               # x Wp_i: (P, d)
         y = grouped_mm(F.silu(g).mul_(u), w_o, ends)               # (P, D)
-        ctx.save_for_backward(x, C, w, w_gate, w_p, w_o, g if C is None else None, u,
+        ctx.save_for_backward(x, C, weights, w_gate, w_p, w_o, g if C is None else None, u,
                               token, row, ends)
-        return sum_rows(y, row, w)
+        return sum_rows(y, row, weights)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dh):
-        x, C, w, w_gate, w_p, w_o, g, u, token, row, ends = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():      # create_graph=True
+            raise RuntimeError('expected first derivatives alone; plain=True has second ones')
+        x, C, weights, w_gate, w_p, w_o, g, u, token, row, ends = ctx.saved_tensors
         X = x.index_select(0, token)                               # (P, D)
         gate_in = X if C is None else C
         g = grouped_mm(C, w_gate, ends) if g is None else g        # (P, d)
         silu_g = F.silu(g)
-        dy = dh.index_select(0, token)                             # of y, before w: (P, D)
+        dy = dh.index_select(0, token)                             # of y, before weights: (P, D)
         da = grouped_mm(dy, w_o.mT, ends)                          # of a = SiLU(g) * u: (P, d)
         a = silu_g * u
-        dw = torch.linalg.vecdot(da, a)[row].type_as(w)            # (T, K)
-        w_of_row = a.new_zeros(len(a)).index_add(0, row.flatten(), w.type_as(a).flatten())
-        dw_o = grouped_mm(a.T, dy.mul_(w_of_row.unsqueeze(1)), ends)
-        da *= w_of_row.unsqueeze(1)                                # 0 in padding
+        dweights = torch.linalg.vecdot(da, a)[row].type_as(weights)            # (T, K)
+        of_row = a.new_zeros(len(a)).index_add(0, row.flatten(), weights.type_as(a).flatten())
+        dw_o = grouped_mm(a.T, dy.mul_(of_row.unsqueeze(1)), ends)
+        da *= of_row.unsqueeze(1)                                  # 0 in padding
         du = silu_g.mul_(da)
         dg = torch.ops.aten.silu_backward(da.mul_(u), g)
         dw_gate, dw_p = grouped_mm(gate_in.T, dg, ends), grouped_mm(X.T, du, ends)
         dX, dC = grouped_mm(du, w_p.mT, ends), grouped_mm(dg, w_gate.mT, ends)
         if C is None:                                              # x went into the gate as well
             dX, dC = dX.add_(dC), None
-        return sum_rows(dX, row), dC, dw, dw_gate, dw_p, dw_o, None, None, None, None
+        return sum_rows(dX, row), dC, dweights, dw_gate, dw_p, dw_o, None, None, None
 
 
-class ChosenRows(torch.autograd.Function):
-    """C_i = x Wdown_i of each row (P, d_low): C[token, expert], where C (T, E, d_low) is known.
-    Autograd's own backward of that would multiply by the zeros of all that were not chosen."""
-
-    @staticmethod
-    def forward(ctx, x, w, C, token, expert, row, ends):
-        """w: Wdown_i of each expert (E, D, d_low)."""
-        ctx.save_for_backward(x, w, token, row, ends)
-        if C is None:
-            return grouped_mm(x.index_select(0, token), w, ends)
-        return C.flatten(0, 1).index_select(0, token * len(w) + expert)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dC):
-        x, w, token, row, ends = ctx.saved_tensors
-        dx = sum_rows(grouped_mm(dC, w.mT, ends), row)             # (T, D)
-        return dx, grouped_mm(x.index_select(0, token).T, dC, ends), *5 * [None]
+def all_at_once(layer, x, I, w, C):
+    """SparseMLP.experts of a layer, in one grouped matmul for each of its three matrices."""
+    c, x = layer.config, as_autocast(x)
+    rows = sort_by_expert(I, c.n_expert, leave_out=I.shape[1] > c.top_k)
+    if not has_grouped_mm(x):            # the loop needs the ends: wait for them once, here
+        rows = rows._replace(ends=rows.ends.cpu())
+    C_rows = None
+    if c.factorised:
+        C_rows = C.flatten(0, 1).index_select(0, rows.token * c.n_expert + rows.expert)
+    w_gate = as_autocast(layer.w_up if c.factorised else layer.w_g)
+    return GroupedExperts.apply(
+        x, C_rows, w.masked_fill(I < 0, 0), w_gate, as_autocast(layer.w_p), as_autocast(layer.w_o),
+        rows.token, rows.row, rows.ends)
 
 
-# Call a function and keep nothing of it but its arguments: backward calls it again, if it has to.
-forgetting = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+def distance_of_both_ways(layer):
+    """How far all_at_once is from the loop in SparseMLP.experts, for 64 random tokens in float32:
+    the largest relative distance of h and of each gradient. 0.5 where one was edited alone."""
+    found, plain = [], layer.config.plain
+    for layer.config.plain in (True, False):
+        torch.manual_seed(0)
+        x = torch.randn(64, layer.config.n_embd, device=layer.w_p.device, requires_grad=True)
+        h, _ = layer(x)
+        loss = (h * torch.randn_like(h)).sum()
+        found.append([h, *torch.autograd.grad(loss, [x, *layer.parameters()], allow_unused=True)])
+    layer.config.plain = plain
+    return max(((a - b).norm() / (a.norm() + 1e-30)).item()
+               for a, b in zip(*found) if a is not None and b is not None)
 
 
-def as_autocast(x):
-    """x in the dtype that autocast multiplies in."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+# -----------------------------------------------------------------------------
+# Part 4: the configuration's defaults that depend on others, and what cannot be
+
+def fill_in(config):
+    """Give the keys that are None what fits the others, as far as the model needs them."""
+    c, D = config, config.n_embd
+    if c.factorised is None:
+        c.factorised = c.mlp == 'aoe'
+    if c.d_ffn is None:
+        c.d_ffn = 4 * D
+    if c.d_low is None and (c.factorised or c.router == 'large'):
+        c.d_low = min(range(8, max(8, D // 2) + 1, 8), key=lambda d_low: (      # multiples of 8:
+            abs(surplus(c, d_low)) > 0.008, abs(d_low - D / 3)))   # near D/3, if d_wide can follow
+    if c.d_judge is None and c.mlp == 'aoe' and not c.factorised:
+        c.d_judge = min(max(8, 8 * round(D / 48)), D, c.d_ffn)
 
 
-class Lean:
-    """What LeanMoE and LeanAoE share, in the place of SparseMLP.experts."""
-
-    def sort(self, I, x):
-        rows = sort_by_expert(I, self.config.n_expert, complete=self.config.select == 'top_k')
-        if not has_grouped_mm(x):        # the loop needs the ends: wait for them once, here
-            rows = rows._replace(ends=rows.ends.cpu())
-        return rows
-
-    def chosen_rows(self, x, w_down, C, rows):
-        """C_i of each row, (P, d_low); w_down (D, E d_low)."""
-        w = as_autocast(w_down).view(len(w_down), self.config.n_expert, -1).transpose(0, 1)
-        return ChosenRows.apply(x, w, C, *rows)
-
-    def experts_of_rows(self, x, C_I, w, rows):
-        """h (T, D). C_I: C_i of each row, where the gate is factorised."""
-        w_gate, C_I = (self.w_up, C_I) if self.config.factorised else (self.w_g, None)
-        return Experts.apply(x, C_I, w, *map(as_autocast, (w_gate, self.w_p, self.w_o)), *rows)
+def surplus(config, d_low):
+    """How much larger than moe's a layer of experts with a factorised gate is, as a share."""
+    D, d_wide = config.n_embd, equation_5(config.n_embd, config.d_ffn, d_low)
+    return (D * d_low + d_low * d_wide + 2 * D * d_wide) / (3 * D * config.d_ffn + D) - 1
 
 
-class LeanMoE(Lean, MoE):
-    """MoE, line by line."""
-
-    def forward(self, x):                                          # (T, D)
-        x = as_autocast(x)                                         # the one copy of x that is kept
-        p = forgetting(self.route, x)                              # (T, E)
-        I = self.choose(p.detach())                                # (T, K)
-        rows = self.sort(I, x)
-        w = self.weigh(p, I)                                       # (T, K)
-        C_I = self.chosen_rows(x, self.w_down, None, rows) if self.config.factorised else None
-        h = self.experts_of_rows(x, C_I, w, rows)                  # (T, D)
-        return h, self.routing(p, I, w)
-
-
-class LeanAoE(Lean, AoE):
-    """AoE, line by line."""
-
-    def forward(self, x):                                          # (T, D)
-        x = as_autocast(x)                                         # the one copy of x that is kept
-        p, C = forgetting(self.evaluate, x)                        # (T, E), (T, E, d_low)
-        I = self.choose(p.detach())                                # (T, K)
-        rows = self.sort(I, x)
-        chosen = self.config.weigh_among == 'chosen'               # else all of p has a gradient
-        C_I = None
-        if chosen or self.config.factorised:
-            C_I = self.chosen_rows(x, self.down(), C.detach(), rows)           # (P, d_low)
-        w = softmax_over(norm(C_I)[rows.row], I) if chosen else self.weigh(p, I)   # (T, K)
-        h = self.experts_of_rows(x, C_I, w, rows)                  # (T, D)
-        return h, self.routing(p, I, w)
-
-    def evaluate(self, x):
-        C = (x @ self.down()).view(len(x), self.config.n_expert, -1)   # Eq. 3
-        return norm(C), C                                          # Eq. 4
-
-
-MLPS.update(moe=LeanMoE, aoe=LeanAoE)
+def refuse_misfits(config):
+    """Raise ValueError for the first key whose value cannot be."""
+    c, D = config, config.n_embd
+    expect(c, 'block_size vocab_size n_layer n_head n_embd n_expert top_k d_ffn d_low d_judge',
+           'a positive number', lambda n: n > 0)
+    expect(c, 'mlp', 'one of aoe, moe, dense', lambda mlp: mlp in MLPS)
+    expect(c, 'top_p', 'more than 0 and at most 1', lambda p: 0 < p <= 1)
+    expect(c, 'capacity_factor', 'more than 0', lambda factor: factor > 0)
+    expect(c, 'aux_weight conf_weight', '0 or more', lambda weight: weight >= 0)
+    expect(c, 'dropout', 'a probability below 1', lambda p: 0 <= p < 1)
+    expect(c, 'top_k', f'at most n_expert = {c.n_expert}', lambda k: k <= c.n_expert)
+    expect(c, 'n_embd', f'a multiple of 2 * n_head = {2 * c.n_head} (rotary positions turn pairs '
+           'of numbers within a head)', lambda n: n % (2 * c.n_head) == 0)
+    expect(c, 'd_low', f'at most n_embd = {D}', lambda d_low: d_low <= D)
+    if c.mlp == 'aoe' and not c.factorised:
+        expect(c, 'd_low', 'None: a whole gate has no inner width, but --d_judge', lambda _: False)
+        expect(c, 'd_judge', f'at most n_embd = {D} and d_ffn = {c.d_ffn}',
+               lambda n: n <= min(D, c.d_ffn))
+    if c.mlp != 'dense' and c.factorised:
+        expect(c, 'd_low', f'less, since Eq. 5 leaves no d_wide to experts of d_ffn = {c.d_ffn}',
+               lambda d_low: equation_5(D, c.d_ffn, d_low) > 0)

@@ -18,6 +18,8 @@ end stands on is written there, too, to results.jsonl.
 import contextlib
 import ctypes
 import dataclasses
+import functools
+import hashlib
 import json
 import math
 import os
@@ -27,7 +29,7 @@ import statistics
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -38,9 +40,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import configurator
+import model as model_file
 from configurator import (UserError, build, check_type, expect, is_folder_name, parse,
                           read_config_file, read_text, replacing, write_text)
-from model import GPT, GPTConfig, entropy
+from model import GPT, GPTConfig, SparseMLP, distance_of_both_ways, entropy
 from prepare_data import load_meta
 
 # torchrun starts WORLD_SIZE processes of this script. They share the batches of an iteration, and
@@ -49,15 +52,12 @@ RANK, WORLD_SIZE = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZ
 
 
 @dataclass
-class TrainConfig(GPTConfig):
-    """Every key of a training run: the model's, then these."""
-    # data
-    dataset: str = 'shakespeare'         # the folder of data_dir to train on
-    data_dir: str = 'data'               # where prepare_data.py wrote it
+class Recipe(GPTConfig):
+    """The keys that shape a result: the model's, then these. With the machine's kind, the data and
+    the code (shape_of) they tell one result from another."""
+    # training
     batch_size: int = 16                 # sequences of block_size tokens, in the model at once
     gradient_accumulation_steps: int = 1   # batches an iteration (L_aux, expert_choice: one by one)
-    # optimizer
-    max_iters: int = 2000                # iterations, one step of the optimizer each
     learning_rate: float = 2e-3          # the highest, reached after the warm-up
     min_lr: float | None = None          # the lowest; None: a tenth of learning_rate
     warmup_iters: int = 100              # iterations of linear warm-up
@@ -66,22 +66,31 @@ class TrainConfig(GPTConfig):
     beta1: float = 0.9                   # AdamW's average of gradients
     beta2: float = 0.95                  # AdamW's average of their squares
     grad_clip: float = 1.0               # largest norm of all gradients together; 0: no limit
-    # evaluation and output
+    eval_iters: int = 50                 # batches in an evaluation, the same every time
+    seed: int = 1337                     # of the first weights, the batches and dropout
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'   # auto: what is fast here
+
+
+@dataclass
+class TrainConfig(Recipe):
+    """Every key of a training run: the recipe's, then how long, how often and where."""
+    # data
+    dataset: str = 'shakespeare'         # the folder of data_dir to train on
+    data_dir: str = 'data'               # where prepare_data.py wrote it
+    # how long, how often
+    max_iters: int = 2000                # iterations, one step of the optimizer each
+    eval_interval: int = 250             # iterations between evaluations
+    log_interval: int = 10               # iterations between updates of the progress bar
+    eval_only: bool = False              # evaluate the checkpoint that is there and write nothing
+    init_from: Literal['scratch', 'resume', 'auto'] = 'scratch'   # auto: resume what is there
+    # runs, trained in turn
     out_dir: str = 'out/default'         # each run writes to a folder of its own in here
     name: str | None = None              # of the run, and of its folder; None: its mlp
-    eval_interval: int = 250             # iterations between evaluations
-    eval_iters: int = 50                 # batches in an evaluation, the same every time
-    eval_only: bool = False              # evaluate the checkpoint that is there and write nothing
-    log_interval: int = 10               # iterations between updates of the progress bar
-    init_from: Literal['scratch', 'resume', 'auto'] = 'scratch'   # auto: resume what is there
-    # several runs, trained in turn
     runs: dict | None = None             # run name -> the keys in which it differs
     seeds: tuple | None = None           # train every run with each of these seeds
     # machine
-    seed: int = 1337                     # of the first weights, the batches and dropout
     device: str = 'auto'                 # auto: cuda, else mps, else cpu
     threads: int | None = None           # of the CPU; None: PyTorch's choice
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'   # auto: what is native
     compile: Literal['auto', True, False] = 'auto'   # torch.compile, once 20 s a run; auto: False
 
     def __post_init__(self):
@@ -96,11 +105,15 @@ class TrainConfig(GPTConfig):
         expect(self, 'min_lr warmup_iters weight_decay grad_clip seed', '0 or more',
                lambda n: n >= 0)
         expect(self, 'seed', 'a number below 2^63', lambda seed: seed < 2**63)
+        expect(self, 'gradient_accumulation_steps', f'a multiple of the {WORLD_SIZE} processes, '
+               'which share them', lambda n: n % WORLD_SIZE == 0)
         expect(self, 'threads', f'at most the {os.cpu_count()} of this machine',
                lambda n: n <= os.cpu_count())
         expect(self, 'beta1 beta2', 'at least 0 and below 1', lambda beta: 0 <= beta < 1)
         expect(self, 'out_dir', 'a folder to write to', lambda out_dir: out_dir)
-        expect(self, 'name', 'the name of a folder in out_dir', is_folder_name)
+        expect(self, 'name', 'the name of a folder in out_dir, without $ and no _ first',
+               lambda name: is_folder_name(name) and '$' not in name and name[0] != '_'
+               and not name.endswith(('.jsonl', '.png')))          # files that are there
 
     @property
     def folder(self):
@@ -111,44 +124,48 @@ class TrainConfig(GPTConfig):
         return os.path.join(self.folder, file)
 
 
-# Keys in which a run may differ from the checkpoint that it goes on from: how long it trains, how
-# often it looks and saves, and where it runs. All others shape the result.
-FREE = {'max_iters', 'lr_decay_iters', 'eval_interval', 'log_interval', 'eval_only', 'init_from',
-        'out_dir', 'name', 'runs', 'seeds', 'dataset', 'data_dir', 'device', 'threads', 'compile'}
-
-
 def plan_runs(from_file, from_line):
-    """The TrainConfigs that the values of a config file and of the command line ask for.
-
-    One, or one for each entry of `runs`, or of mlp's list, and for each of `seeds`: all variants
-    with one seed, then with the next. Later wins: file, run, line; --mlp takes the place of runs.
+    """The TrainConfigs that the values of a config file and of the command line ask for: one for
+    each entry of `runs`, or of mlp's list, and for each of `seeds`; all with one seed, then with
+    the next. Later wins: file, run, line; --mlp takes the place of a file's runs.
     """
     values = from_file | from_line
-    variants, name, seeds = values.pop('runs', None), values.pop('name', None), values.get('seeds')
-    if variants is None or 'mlp' in from_line:                     # --mlp, and not a file's runs
+    runs, name, seeds = values.pop('runs', None), values.pop('name', None), values.get('seeds')
+    if seeds and 'seed' in from_line:
+        raise UserError('seed: expected --seed or seeds, got both')
+    if runs is None or 'mlp' in from_line:
         mlps = values.pop('mlp', TrainConfig.mlp).split(',')
-        variants, from_line = {mlp: {'mlp': mlp} for mlp in mlps}, {}
-    if not variants:
-        raise UserError('runs: expected at least one run, got none')
-    if name is not None and len(variants) > 1:
-        raise UserError('name: expected one run with it, got several; give one --mlp=, or no name')
+        expect_once('mlp', mlps)
+        runs, from_line = {mlp: {'mlp': mlp} for mlp in mlps}, {}
+    if not runs or name is not None and len(runs) > 1:
+        raise UserError(f'runs: expected one at least, and one alone with a name, got {len(runs)}')
     if name is not None:
-        variants = {name: next(iter(variants.values()))}
-    planned, shared = {}, {'runs', 'name', 'seed', 'seeds', 'out_dir', *from_line}
+        runs = {name: next(iter(runs.values()))}
+    expect_once('seeds', seeds or ())
+
+    variants = {}
+    for name, differs in runs.items():
+        if not isinstance(differs, dict):
+            raise UserError(f'runs, {name}: expected a dict of keys, got {differs!r}')
+        variants[name] = {key: check_type(TrainConfig, key, value, f'runs, {name}: ')
+                          for key, value in differs.items()}
+        for key in differs:
+            if key in ('runs', 'name', 'seed', 'seeds', 'out_dir', *from_line):
+                raise UserError(f'runs, {name}: expected keys of one run, got {key}, which '
+                                'all share')
+    planned = []
     for seed in seeds or [values.get('seed', TrainConfig.seed)]:
         seed = check_type(TrainConfig, 'seed', seed, 'seeds, ')
         for name, differs in variants.items():
-            where = f'runs, {name}: '
-            if not isinstance(differs, dict):
-                raise UserError(f'{where}expected a dict of keys, got {differs!r}')
-            own = {key: check_type(TrainConfig, key, differs[key], where) for key in differs}
-            if given := shared & own.keys():
-                raise UserError(f'{where}expected keys of one run, got {min(given)}, which '
-                                'all share')
-            config = build(TrainConfig, values | own | {'name': name, 'seed': seed})
-            if planned.setdefault(config.folder, config) is not config:
-                raise UserError(f'seeds: expected each once, got {seed} twice')
-    return list(planned.values())
+            own = {'name': name, 'seed': seed}
+            planned.append(build(TrainConfig, values | differs | own))
+    return planned
+
+
+def expect_once(key, values):
+    twice = [value for value in values if list(values).count(value) > 1]
+    if twice:
+        raise UserError(f'{key}: expected each once, got {twice[0]} twice')
 
 
 # -----------------------------------------------------------------------------
@@ -164,6 +181,10 @@ def class_of(character):
     return is_of.index(True)
 
 
+def hash_of(content):
+    return hashlib.sha256(content).hexdigest()[:8]
+
+
 def random_of(seed, iteration, micro_step):
     """Random numbers that depend on these three alone, so that resuming needs no state of them."""
     return np.random.default_rng((seed, iteration, micro_step))
@@ -175,8 +196,13 @@ class Data:
     def __init__(self, config, device):
         folder = os.path.join(config.data_dir, config.dataset)
         self.config, self.device, self.meta = config, device, load_meta(folder)
-        classes = [class_of(character) for character in self.meta['vocabulary'] or '']
-        self.class_of_token = torch.tensor(classes, device=device)
+        vocabulary, known = self.meta['vocabulary'] or '', self.meta['vocab_size']
+        if config.vocab_size is not None and config.vocab_size < known:
+            raise UserError(f'vocab_size: expected at least the {known} of {config.dataset}, '
+                            f'got {config.vocab_size}')
+        # what tokens mean; the vocabulary itself may be long
+        self.tokenizer = f'{self.meta["tokenizer"]} {hash_of(vocabulary.encode())}'
+        self.class_of_token = torch.tensor([class_of(c) for c in vocabulary], device=device)
         self.tokens = {}
         for split in ('train', 'val'):
             path, tokens = os.path.join(folder, f'{split}.bin'), self.meta[f'{split}_tokens']
@@ -197,11 +223,7 @@ class Data:
             raise UserError(f'{split}.bin of {self.config.dataset}: expected tokens below '
                             f'vocab_size = {self.meta["vocab_size"]}, got {window.max()}; '
                             'remove the folder and run prepare_data.py again')
-        window = torch.from_numpy(window)
-        if self.device.type == 'cuda':
-            window = window.pin_memory().to(self.device, non_blocking=True)
-        else:
-            window = window.to(self.device)
+        window = torch.from_numpy(window).to(self.device)
         return window[:, :-1], window[:, 1:]
 
     def train_batch(self, iteration, micro_step):
@@ -230,7 +252,8 @@ def measure(routing, classes, config):
 
     classes (T,): of each token; None where the tokens are no characters.
     """
-    used = F.one_hot(routing.experts + 1, config.n_expert + 1)[..., 1:].sum(2).float()
+    chosen = routing.chosen.masked_fill(routing.chosen < 0, config.n_expert)   # nobody comes last
+    used = F.one_hot(chosen, config.n_expert + 1)[..., :-1].sum(2).float()
     kind = used.new_zeros(used.shape[1], 0)                        # used (L, T, E), of 0 and 1
     if classes is not None:
         kind = F.one_hot(classes, len(CLASSES)).float()            # (T, classes), likewise
@@ -255,7 +278,7 @@ def evaluate(model, data, autocast, splits=('train', 'val')):
             with autocast:
                 _, loss, routing = model(idx, targets)
             losses.append(loss)
-            if split == splits[-1] and routing.experts.numel():
+            if split == splits[-1] and routing.chosen.numel():
                 measured.append(measure(routing, data.classes(idx), model.config))
         entry[f'{split}_loss'] = torch.stack(losses).mean().item()
     model.train()
@@ -278,14 +301,13 @@ def evaluate(model, data, autocast, splits=('train', 'val')):
 
 def learning_rate_at(iteration, config):
     """Linear warm-up, then half a cosine from learning_rate to min_lr, then min_lr."""
-    end = config.lr_decay_iters or config.max_iters
-    if iteration < config.warmup_iters:
-        return config.learning_rate * (iteration + 1) / (config.warmup_iters + 1)
-    if iteration >= end:
-        return config.min_lr
-    progress = (iteration - config.warmup_iters) / (end - config.warmup_iters)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.min_lr + cosine * (config.learning_rate - config.min_lr)
+    c = config
+    if iteration < c.warmup_iters:
+        return c.learning_rate * (iteration + 1) / (c.warmup_iters + 1)
+    if iteration >= c.lr_decay_iters:
+        return c.min_lr
+    progress = (iteration - c.warmup_iters) / (c.lr_decay_iters - c.warmup_iters)
+    return c.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (c.learning_rate - c.min_lr)
 
 
 def make_optimizer(model, config, device):
@@ -298,230 +320,148 @@ def make_optimizer(model, config, device):
                              fused=device.type in ('cuda', 'cpu'))
 
 
-class Training:
-    """A run in progress: model, optimizer and data, and how far they are."""
-
-    def __init__(self, config):
-        c = self.config = config
-        self.device = choose_device(c.device)
-        if c.gradient_accumulation_steps % WORLD_SIZE:
-            raise UserError(f'gradient_accumulation_steps: expected a multiple of the {WORLD_SIZE} '
-                            f'processes, which share them, got {c.gradient_accumulation_steps}')
-        self.dtype = choose_dtype(c.dtype, self.device)
-        self.autocast = torch.autocast(self.device.type, self.dtype,
-                                       enabled=self.dtype != torch.float32)
-        self.data = Data(c, self.device)
-        known = self.data.meta['vocab_size']
-        if c.vocab_size is None:
-            c.vocab_size = known
-        if c.vocab_size < known:
-            raise UserError(f'vocab_size: expected at least the {known} of {c.dataset}, '
-                            f'got {c.vocab_size}')
-        if self.device.type == 'cuda':
-            torch.cuda.reset_peak_memory_stats(self.device)
-        torch.manual_seed(c.seed)
-        self.model = GPT(model_config(c)).to(self.device)
-        self.forward = torch.compile(self.model) if c.compile is True else self.model
-        if WORLD_SIZE > 1:
-            self.forward = DistributedDataParallel(self.forward)
-        self.optimizer = make_optimizer(self.model, c, self.device)
-        # float16 has few exponents: losses are scaled up, gradients back, and a step is skipped and
-        # the scale halved where something overflowed. For other dtypes the scaler does nothing.
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.grad_norms, self.skipped_steps = [], 0
-        self.iteration, self.tokens, self.seconds, self.best_loss = 0, 0, 0.0, math.inf
-        self.losses, self.last_loss = [], math.nan                 # of iterations not checked yet
-        self.log, self.log_on_disk = [], read_text(c.path('log.jsonl'))
-        self.tokens_per_iter = c.gradient_accumulation_steps * c.batch_size * c.block_size
-
-    def step(self):
-        """One iteration. Appends the cross-entropy of its last batch, a tensor, to losses."""
-        for group in self.optimizer.param_groups:
-            group['lr'] = learning_rate_at(self.iteration, self.config)
-        steps = self.config.gradient_accumulation_steps
-        for micro_step in range(RANK, steps, WORLD_SIZE):
-            idx, targets = self.data.train_batch(self.iteration, micro_step)
-            random = random_of(self.config.seed, self.iteration, micro_step)
-            torch.manual_seed(random.integers(2**63))              # of dropout
-            # torchrun: average the gradients with the last one
-            wait = WORLD_SIZE > 1 and micro_step + WORLD_SIZE < steps
-            with self.forward.no_sync() if wait else contextlib.nullcontext():
-                with self.autocast:
-                    _, loss, routing = self.forward(idx, targets)
-                total = (loss + routing.aux_loss.sum()) * WORLD_SIZE / steps
-                self.scaler.scale(total).backward()
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(),
-                                              self.config.grad_clip or math.inf)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.iteration += 1
-        self.tokens += self.tokens_per_iter
-        self.losses.append(loss.detach())
-        self.grad_norms.append(norm)
-
-    def evaluate(self):
-        """Evaluate, log the result and keep the weights if they are the best so far."""
-        last = self.log[-1] if self.log else {'tokens': self.tokens, 'seconds': self.seconds}
-        tokens, seconds = self.tokens - last['tokens'], self.seconds - last['seconds']
-        cuda = self.device.type == 'cuda'
-        entry = {
-            'iter': self.iteration, 'tokens': self.tokens, 'seconds': self.seconds,
-            **evaluate(self.model, self.data, self.autocast),
-            'lr': learning_rate_at(self.iteration, self.config),
-            'skipped_steps': self.skipped_steps,
-            'tokens_per_second': tokens / seconds if tokens else None,
-            'peak_memory': torch.cuda.max_memory_allocated(self.device) if cuda else None,   # bytes
-        }
-        self.log.append(entry)
-        if entry['val_loss'] < self.best_loss:                     # cross-entropy alone decides
-            self.best_loss = entry['val_loss']
-            self.save_weights('best.pt', val_loss=self.best_loss)
-        self.log_on_disk = ''.join(json.dumps(line) + '\n' for line in self.log)
-        write_text(self.config.path('log.jsonl'), self.log_on_disk)
-        report(entry)
-
-    def check(self):
-        """Raise UserError if a loss since the last call, or a weight now, is not finite. Counts the
-        steps that the scaler skipped."""
-        losses, self.losses = torch.stack(self.losses).tolist() if self.losses else [], []
-        norms, self.grad_norms = self.grad_norms, []
-        if norms and self.scaler.is_enabled():
-            self.skipped_steps += (~torch.stack(norms).isfinite()).sum().item()
-        for back, loss in zip(range(len(losses), 0, -1), losses):
-            if not math.isfinite(loss):
-                self.stop_at(self.iteration - back, loss)
-            self.last_loss = loss
-        if not all(p.isfinite().all() for p in self.model.parameters()):
-            self.stop_at(self.iteration, 'weights that are not')
-
-    def stop_at(self, iteration, got):
-        rate = self.config.learning_rate
-        raise UserError(f'{self.config.folder}: iteration {iteration}: expected a finite loss, got '
-                        f'{got}; the last was {self.last_loss:.4f}. ckpt.pt is from before. Train '
-                        f'anew with --name= and less than --learning_rate={rate:g}; --warmup_iters '
-                        'and --grad_clip can help, too')
-
-    def is_logged(self):
-        return bool(self.log) and self.log[-1]['iter'] == self.iteration
-
-    def record(self, evaluate):
-        """Save where training is, and before that evaluate it, if asked and not done yet."""
-        self.check_alone()
-        if evaluate and not self.is_logged():
-            self.evaluate()
-            draw(self.config.out_dir, ['loss.png'])
-            if len(self.log) == 2:
-                tell_if_busy()
-        self.save()
-
-    def save(self):
-        self.save_weights('ckpt.pt', optimizer=self.optimizer.state_dict(), tokens=self.tokens,
-                          seconds=self.seconds, best_loss=self.best_loss,
-                          scaler=self.scaler.state_dict(), skipped_steps=self.skipped_steps)
-
-    def save_weights(self, file, **more):
-        content = {'model': self.model.state_dict(), 'config': asdict(self.config),
-                   'meta': self.data.meta, 'iter': self.iteration} | more
-        with replacing(self.config.path(file)) as part:
-            torch.save(content, part)
-
-    def load(self):
-        """Take up everything from ckpt.pt; forget evaluations that the log has from after it."""
-        path = self.config.path('ckpt.pt')
-        checkpoint = load_checkpoint(path, self.device, 'optimizer', 'tokens', 'scaler')
-        check_checkpoint(path, checkpoint, self.config, self.data)
-        self.model.load_state_dict(checkpoint['model'])
-        self.optimizer.load_state_dict(checkpoint['optimizer'])
-        if self.scaler.is_enabled() and checkpoint['scaler']:
-            self.scaler.load_state_dict(checkpoint['scaler'])
-        self.iteration, self.tokens = checkpoint['iter'], checkpoint['tokens']
-        self.seconds, self.best_loss = checkpoint['seconds'], checkpoint['best_loss']
-        self.skipped_steps = checkpoint['skipped_steps']
-        if self.config.lr_decay_iters is None:                     # the schedule stays as it was
-            trained = checkpoint['config']
-            self.config.lr_decay_iters = trained['lr_decay_iters'] or trained['max_iters']
-        self.log = [entry for entry in read_log(self.config.path('log.jsonl'))
-                    if entry['iter'] <= self.iteration]
-
-    def check_alone(self):
-        """Raise UserError if another process has written to the folder since this one did."""
-        if read_text(self.config.path('log.jsonl')) != self.log_on_disk:
-            raise UserError(f'{self.config.folder}: expected to be alone with this run, got a '
-                            'log.jsonl that another process has written; it goes on, this one ends')
-
-    def describe(self):
-        """Print and return what the model is."""
-        c, facts = self.config, {'total_parameters': self.model.total_parameters(),
-                                 'active_parameters': self.model.active_parameters(),
-                                 'flops_per_token': self.model.flops_per_token()}
-        dtype, at_most = str(self.dtype).removeprefix('torch.'), 'at most ' * (c.select == 'top_p')
-        print(f'\n{c.name}: {facts["total_parameters"]:,} parameters, '
-              f'{at_most}{facts["active_parameters"]:,} active, '
-              f'{facts["flops_per_token"] / 1e6:.1f} MFLOPs per token\n'
-              f'{c.max_iters:,} iterations of {self.tokens_per_iter:,} tokens, {self.device}, '
-              f'{dtype}, seed {c.seed}\nin {c.folder}')
-        off = c.equation_5(c.d_low)[1]
-        if c.mlp != 'dense' and c.factorised and abs(off) > 0.01:
-            than = 'larger' if off > 0 else 'smaller'
-            print(f"its experts are {abs(off):.1%} {than} than moe's: no d_wide of Eq. 5 that is a "
-                  '\nmultiple of 8 comes nearer; another --d_low may')
-        if c.lr_decay_iters not in (None, c.max_iters):
-            print(f'the learning rate falls to {c.min_lr:g} at iteration {c.lr_decay_iters:,}: '
-                  '--lr_decay_iters')
-        return facts
+class Diverged(UserError):
+    """A loss or a weight is not finite. The other runs go on."""
 
 
 def train(config, stop):
-    """Train one run, from scratch or from its checkpoint, until max_iters or until stop is set."""
-    training = Training(config)                                    # it refuses what cannot be
-    make_folder(config)
-    if os.path.exists(config.path('ckpt.pt')):
-        if config.init_from == 'scratch':
-            return print(f'\n{config.folder}: another process has trained it by now; left as it is')
-        training.load()
-    facts = training.describe()
-    if training.iteration >= config.max_iters and training.is_logged():
-        return report(training.log[-1])                            # nothing is left to do
-    if RANK == 0:
-        write_text(config.path('config.json'), json.dumps(facts | asdict(config), indent=1))
+    """Train one run, from scratch or from its checkpoint, until max_iters or until stop is set.
 
-    bar = tqdm(total=config.max_iters * training.tokens_per_iter, initial=training.tokens,
-               desc=config.name, unit='tok', unit_scale=True, disable=True if RANK else None,
+    With eval_only evaluate the checkpoint and write nothing. Raises UserError for what cannot be,
+    and Diverged.
+    """
+    c, device, before = config, choose_device(config.device), None
+    if c.threads:
+        torch.set_num_threads(c.threads)
+    if os.path.exists(c.path('ckpt.pt')) or c.eval_only:
+        if c.init_from == 'scratch' and not c.eval_only:
+            return tqdm.write(f'{c.folder}: another process has trained it; left as it is')
+        before = load_checkpoint(c.path('ckpt.pt'), device, 'at', 'optimizer', 'scaler')
+    data = Data(c, device)
+    shape = shape_of(c, device, data, before)
+
+    torch.manual_seed(c.seed)
+    model = GPT(model_config(c)).to(device)
+    refuse_two_formulas(model)
+    forward = torch.compile(model) if c.compile is True else model
+    forward = DistributedDataParallel(forward) if WORLD_SIZE > 1 else forward
+    optimizer = make_optimizer(model, c, device)
+    dtype = getattr(torch, c.dtype)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    # float16 has few exponents: losses are scaled up, gradients back, and a step is skipped and
+    # the scale halved where something overflowed. For other dtypes the scaler does nothing.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    at, log = {'iter': 0, 'seconds': 0.0, 'best_loss': math.inf}, []
+    if before:
+        at = before['at']
+        log = [entry for entry in read_log(c.path('log.jsonl')) if entry['iter'] <= at['iter']]
+        load_weights(model, before, c.path('ckpt.pt'))
+        optimizer.load_state_dict(before['optimizer'])
+        scaler.load_state_dict(before['scaler'])
+    about = describe(c, model, device, shape)
+    if c.eval_only:
+        return report({'iter': at['iter'], **evaluate(model, data, autocast)})
+    if at['iter'] == c.max_iters and log and log[-1]['iter'] == at['iter']:
+        return report(log[-1])                                     # nothing is left to do
+    make_folder(c)
+
+    losses, micro_steps = [], range(RANK, c.gradient_accumulation_steps, WORLD_SIZE)
+    tokens_per_iter = c.gradient_accumulation_steps * c.batch_size * c.block_size
+    bar = tqdm(total=c.max_iters * tokens_per_iter, initial=at['iter'] * tokens_per_iter,
+               desc=c.name, unit='tok', unit_scale=True, disable=True if RANK else None,
                dynamic_ncols=True)
-    started = time.perf_counter()
-    every = 1 if WORLD_SIZE == 1 else config.log_interval          # asking others takes time
-    with bar:
-        while True:
-            ended = training.iteration >= config.max_iters
-            stopped = training.iteration % every == 0 and any_process(stop.is_set())
-            if training.iteration % config.eval_interval == 0 or ended or stopped:
-                training.check()
-                training.seconds += time.perf_counter() - started  # the clock stands still here
-                if RANK == 0:
-                    training.record(evaluate=not stopped)
-                started = time.perf_counter()
-            if stopped:
-                stop.set()                                         # for main, in every process
-            if ended or stopped:
-                break
-            training.step()
-            bar.update(training.tokens_per_iter)
-            if training.iteration % config.log_interval == 0:
-                training.check()
-                skipped = training.skipped_steps
-                bar.set_postfix_str(f'loss {training.last_loss:.3f}'
-                                    + f', {skipped} skipped' * bool(skipped), refresh=False)
+    ask_interval = 1 if WORLD_SIZE == 1 else c.log_interval        # asking others takes time
+    clock = time.perf_counter()
+    while True:
+        # every eval_interval iterations, and at the end: look, save, log and draw
+        ended = at['iter'] >= c.max_iters
+        stopped = at['iter'] % ask_interval == 0 and any_process(stop.is_set())
+        if at['iter'] % c.eval_interval == 0 or ended or stopped:
+            losses = refuse_not_finite(c, model, at['iter'], losses)
+            at['seconds'] += time.perf_counter() - clock           # the clock stands still here
+            new = not stopped and not (log and log[-1]['iter'] == at['iter'])
+            if RANK == 0:
+                if new:
+                    log.append({'iter': at['iter'], 'tokens': at['iter'] * tokens_per_iter,
+                                'seconds': at['seconds'], **evaluate(model, data, autocast),
+                                'lr': learning_rate_at(at['iter'], c)})
+                    log[-1]['tokens_per_second'] = speed_between(*log[-2:])
+                    at['best_loss'] = min(at['best_loss'], log[-1]['val_loss'])
+                save(c, 'ckpt.pt', model, data, shape, at=at, optimizer=optimizer.state_dict(),
+                     scaler=scaler.state_dict())
+                write_config(c, about, iter=at['iter'])
+                if new and log[-1]['val_loss'] <= at['best_loss']:   # cross-entropy alone decides
+                    save(c, 'best.pt', model, data, shape)
+                if new:                                            # after ckpt.pt: it tells no more
+                    write_text(c.path('log.jsonl'), ''.join(json.dumps(e) + '\n' for e in log))
+                    report(log[-1])
+                    draw(c.out_dir, ['loss.png'])
+                    tell_if_busy(log)
+            clock = time.perf_counter()
+        if ended or stopped:
+            break
+
+        # one iteration: the gradients of its batches, then a step of the optimizer
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate_at(at['iter'], c)
+        for micro_step in micro_steps:
+            idx, targets = data.train_batch(at['iter'], micro_step)
+            torch.manual_seed(random_of(c.seed, at['iter'], micro_step).integers(2**63))   # dropout
+            if WORLD_SIZE > 1:                                     # average with the last one
+                forward.require_backward_grad_sync = micro_step == micro_steps[-1]
+            with autocast:
+                _, loss, routing = forward(idx, targets)
+            share = WORLD_SIZE / c.gradient_accumulation_steps
+            scaler.scale((loss + routing.aux_loss.sum()) * share).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        at['iter'] += 1
+
+        losses.append(loss.detach())
+        bar.update(tokens_per_iter)
+        if at['iter'] % c.log_interval == 0:
+            losses = refuse_not_finite(c, model, at['iter'], losses)
+            bar.set_postfix_str(f'loss {loss.item():.3f}', refresh=False)
+    bar.close()
+    if stopped:
+        stop.set()                                                 # for main, in every process
 
 
-def evaluate_only(config):
-    """Evaluate one run's checkpoint and write nothing."""
-    training = Training(config)
-    training.load()
-    training.describe()
-    entry = evaluate(training.model, training.data, training.autocast)
-    report({'iter': training.iteration} | entry)
+def speed_between(entry, later=None):
+    """Tokens per second from one entry of a log to the next; None for the first."""
+    if later is not None:
+        return (later['tokens'] - entry['tokens']) / (later['seconds'] - entry['seconds'])
+
+
+def refuse_not_finite(config, model, iteration, losses):
+    """Raise Diverged if one of the last losses, or a weight now, is not finite. Returns []."""
+    found = {iteration: 'weights that are not'}
+    if all(p.isfinite().all() for p in model.parameters()):
+        found = {}
+    for i, loss in enumerate(torch.stack(losses).tolist() if losses else [], -len(losses)):
+        if not math.isfinite(loss):
+            found[iteration + i] = loss
+    if found:
+        first = min(found)
+        if RANK == 0:
+            write_config(config, json.loads(read_text(config.path('config.json'))), diverged=first)
+        raise Diverged(f'{config.folder}: iteration {first}: expected a finite loss, got '
+                       f'{found[first]}. ckpt.pt is from before. Train anew with --name= and less '
+                       f'than --learning_rate={config.learning_rate:g}, or a longer --warmup_iters')
+    return []
+
+
+def refuse_two_formulas(model):
+    """Raise UserError where SparseMLP.experts was edited, and part 3 of model.py was not."""
+    layer = model.blocks[0].mlp
+    if isinstance(layer, SparseMLP) and not layer.config.plain:
+        distance = distance_of_both_ways(layer)
+        if distance > 0.01:
+            raise UserError('model.py: expected part 3 to compute what SparseMLP.experts does, got '
+                            f'a difference of {distance:.0%}; with --plain=True the latter runs')
 
 
 def report(entry):
@@ -531,16 +471,119 @@ def report(entry):
                f'val loss {entry["val_loss"]:.4f} {balance}')
 
 
+def describe(config, model, device, shape):
+    """Print what the model is and how it is trained. Returns what config.json says of the run."""
+    c, total, active = config, model.total_parameters(), model.active_parameters()
+    flops, tokens = model.flops_per_token(), c.batch_size * c.block_size
+    at_most = 'at most ' if c.select == 'top_p' else ''
+    tqdm.write(f'\n{c.name}: {total:,} parameters, {at_most}{active:,} active, '
+               f'{flops / 1e6:.1f} MFLOPs per token\n'
+               f'{c.max_iters:,} iterations of {c.gradient_accumulation_steps * tokens:,} tokens, '
+               f'{device}, {c.dtype}, seed {c.seed}\nin {c.folder}')
+    if c.lr_decay_iters != c.max_iters:
+        tqdm.write(f'the learning rate falls to {c.min_lr:g} at iteration {c.lr_decay_iters:,}: '
+                   '--lr_decay_iters')
+    return {'name': c.name, 'seed': c.seed, 'dataset': c.dataset, 'max_iters': c.max_iters,
+            'lr_decay_iters': c.lr_decay_iters, 'total_parameters': total,
+            'active_parameters': active, 'flops_per_token': flops, 'shape': shape}
+
+
 # -----------------------------------------------------------------------------
-# files: ckpt.pt is the latest state, best.pt the weights with the lowest validation loss
+# what shapes a result, and a run's files: ckpt.pt is the latest state, best.pt the weights with the
+# lowest validation loss
+
+CODE = ('device', 'torch', 'model.py')   # may change where a run goes on: then its shape has both
+
+
+def shape_of(config, device, data, before):
+    """What shapes the result of a run: its recipe, the data, the kind of device and the code. Runs
+    that are equal in it, but for the seed, are seeds of one another.
+
+    What the configuration leaves open is decided here: as it was in `before`, the checkpoint of a
+    run that goes on. Raises UserError where that is of another recipe or data, unless it is only
+    evaluated.
+    """
+    c, path, was = config, config.path('ckpt.pt'), before['shape'] if before else {}
+    c.vocab_size = c.vocab_size or data.meta['vocab_size']
+    c.lr_decay_iters = c.lr_decay_iters or was.get('lr_decay_iters') or c.max_iters
+    if c.dtype == 'auto':
+        c.dtype = was.get('dtype') or fast_dtype(c, device)
+    recipe = dataclasses.fields(Recipe)
+    with open(model_file.__file__, 'rb') as file:
+        code = hash_of(file.read())
+    shape = {**{field.name: getattr(c, field.name) for field in recipe},
+             'sha256': data.meta['sha256'], 'tokenizer': data.tokenizer, 'device': device.type,
+             'torch': str(torch.__version__), 'model.py': code}
+    if not before:
+        return shape
+
+    was = {field.name: field.default for field in recipe} | was    # a new key had its default
+    for key in CODE:
+        if str(was.get(key)).split(' then ')[-1] != shape[key]:
+            tqdm.write(f'{c.folder}: {key} is {shape[key]} now, and was {was.get(key)}')
+            was[key] = f'{was.get(key)} then {shape[key]}'
+        shape[key] = was[key]
+    differ = [f'{key} = {was.get(key)} and not {shape.get(key)}'
+              for key in was | shape if was.get(key) != shape.get(key)]
+    if differ and (not c.eval_only or was.get('tokenizer') != shape['tokenizer']):
+        raise UserError(f'{path}: expected what it was trained with, {", ".join(differ)}; '
+                        'leave it so, or train anew with --name=')
+    if differ:
+        tqdm.write(f'{c.folder}: trained with {", ".join(differ)}')
+    elif c.max_iters < before['at']['iter']:
+        raise UserError(f'max_iters: expected at least the {before["at"]["iter"]} iterations that '
+                        f'{path} has, got {c.max_iters}; --name= trains anew')
+    return shape
+
+
+def save(config, file, model, data, shape, **more):
+    content = {'model': model.state_dict(), 'meta': data.meta, 'shape': shape, **more}
+    with replacing(config.path(file)) as part:
+        torch.save(content, part)
+
+
+def load_checkpoint(path, device, *more):
+    """What `save` has written, with the keys `more` in it. Nothing in the file can run code."""
+    if not os.path.exists(path):
+        raise UserError(f'expected a checkpoint, got no file {path}; train one with train.py')
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        whole = all(isinstance(checkpoint[key], dict) for key in ('model', 'meta', 'shape', *more))
+    except Exception:                    # torch.load has many ways to find a file damaged
+        whole = False
+    if not whole:
+        raise UserError(f'{path}: expected a checkpoint of this train.py, got a damaged or foreign '
+                        'file; --name= trains anew, beside it')
+    return checkpoint
+
+
+def load_weights(model, checkpoint, path):
+    try:
+        model.load_state_dict(checkpoint['model'])
+    except RuntimeError:
+        raise UserError(f'{path}: expected weights of a model of these settings, got others; give '
+                        'those that it was trained with') from None
+
+
+def model_config(config):
+    """The part of a TrainConfig that says what the model is."""
+    fields = dataclasses.fields(GPTConfig)
+    return GPTConfig(**{field.name: getattr(config, field.name) for field in fields})
+
+
+def write_config(config, about, **more):
+    write_text(config.path('config.json'), json.dumps(about | more, indent=1))
+
 
 def read_log(path):
     """The evaluations in a log.jsonl, oldest first; none where there is no file."""
     try:
-        return [json.loads(line) for line in read_text(path).splitlines()]
-    except ValueError as error:
+        log = [json.loads(line) for line in read_text(path).splitlines()]
+        assert all({'iter', 'seconds', 'val_loss'} <= entry.keys() for entry in log)
+        return log
+    except (ValueError, AttributeError, AssertionError):
         raise UserError(f'{path}: expected an evaluation a line, as train.py writes them, got '
-                        f'"{error}"; mend it, or remove the folder and train again') from None
+                        'others; --name= trains anew') from None
 
 
 def make_folder(config):
@@ -555,59 +598,16 @@ def make_folder(config):
             os.remove(config.path(file))
 
 
-def load_checkpoint(path, device, *more):
-    """What Training saved, with the keys `more` in it. Nothing in the file can run code."""
-    if not os.path.exists(path):
-        raise UserError(f'expected a checkpoint, got no file {path}; train one with train.py')
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        whole = (all(isinstance(checkpoint[key], dict) for key in ('config', 'meta', 'model'))
-                 and all(key in checkpoint for key in more))
-    except Exception:                    # torch.load has many ways to find a file damaged
-        whole = False
-    if not whole:
-        raise UserError(f'{path}: expected a checkpoint of train.py, got a damaged or foreign '
-                        'file; remove it and train again')
-    return checkpoint
-
-
-def model_config(config):
-    """The part of a TrainConfig that says what the model is."""
-    fields = dataclasses.fields(GPTConfig)
-    return GPTConfig(**{field.name: getattr(config, field.name) for field in fields})
-
-
-def check_checkpoint(path, checkpoint, config, data):
-    """Refuse, with a UserError, to go on from what other settings or another text have made.
-
-    An evaluation alone, which writes nothing, may change what the weights bear.
-    """
-    keys = {field.name for field in dataclasses.fields(config)} - FREE
-    if config.eval_only:
-        keys &= {field.name for field in dataclasses.fields(GPTConfig)}
-        keys -= {'dropout', 'aux_weight', 'conf_weight', 'select', 'top_p', 'capacity_factor',
-                 'plain', 'top_k' if config.mlp != 'dense' else ''}   # dense is top_k * d_ffn wide
-    for key in ('tokenizer', 'vocabulary', *(['sha256'] if not config.eval_only else [])):
-        if checkpoint['meta'].get(key) != data.meta[key]:
-            raise UserError(f'{path}: expected the {key} of {config.dataset}, {data.meta[key]!r}, '
-                            f'got {checkpoint["meta"].get(key)!r}; choose the --dataset that it '
-                            'was trained on, or --name= to train anew')
-    trained, asked = checkpoint['config'], asdict(config)
-    differ = [f'{key} = {trained.get(key)} and not {asked[key]}'
-              for key in asked if key in keys and trained.get(key) != asked[key]]
-    if differ:
-        raise UserError(f'{path}: expected what it was trained with, {", ".join(differ)}; '
-                        'leave it so, or train anew with --name=')
-
-
 # -----------------------------------------------------------------------------
 # the machine
 
 def choose_device(name):
     """A torch.device that is there; 'auto' takes the fastest. Raises UserError."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    mps = mps and torch_version() >= (2, 11)   # before, its attention is wrong (issue 174861)
-    there = ['cuda'] * cuda + ['mps'] * mps + ['cpu']
+    there = ['cuda'] if torch.cuda.is_available() else []
+    version = tuple(int(part) for part in torch.__version__.split('.')[:2])
+    if torch.backends.mps.is_available() and version >= (2, 14):   # before, its attention is wrong:
+        there.append('mps')                                        # PyTorch issues 174861, 195910
+    there.append('cpu')
     kind, _, index = name.replace('auto', there[0]).partition(':')
     known = not index or index.isdigit() and int(index) < torch.cuda.device_count()
     if kind not in there or not known:
@@ -619,31 +619,38 @@ def choose_device(name):
     return torch.device(f'{kind}:{index}' if index else kind)
 
 
-def torch_version():
-    return tuple(int(part) for part in torch.__version__.split('.')[:2])
-
-
-def choose_dtype(name, device):
-    """The dtype of matmuls. 'auto' is bfloat16 where the hardware multiplies it; else float16 on
-    cuda (T4, V100), and float32."""
-    if device.type == 'mps' and name in ('bfloat16', 'float16') and torch_version() < (2, 14):
-        raise UserError('dtype: expected float32 on mps before torch 2.14, whose causal attention '
-                        f'in 16 bits sees later tokens (PyTorch issue 195910), got {name} and '
-                        f'torch {torch.__version__}')
-    if name != 'auto':
-        return getattr(torch, name)
-    if device.type == 'cuda':
+def fast_dtype(config, device):
+    """The name of the dtype of matmuls that auto stands for."""
+    if device.type == 'cuda':            # T4 and V100 have float16 alone
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
-    native = device.type == 'cpu' and (torch.cpu._is_avx512_bf16_supported()
-                                       or torch.cpu._is_amx_tile_supported())
-    return torch.bfloat16 if native else torch.float32
+        return 'bfloat16' if native else 'float16'
+    rows = config.batch_size * config.block_size * config.top_k // config.n_expert
+    fast = device.type == 'cpu' and bfloat16_gain(max(1, rows), config.n_embd, config.d_ffn) > 1.2
+    return 'bfloat16' if fast else 'float32'
 
 
-def tell_if_busy():
-    """One line where more threads want to run than there are cores: then all take much longer."""
+@functools.cache
+def bfloat16_gain(rows, D, d):
+    """How many times as fast as in float32 this CPU multiplies an expert's matrices in bfloat16,
+    forward and backward, by turns for 0.3 seconds. Not every processor that has it is fast."""
+    seconds = {torch.float32: [], torch.bfloat16: []}
+    until = time.perf_counter() + 0.3
+    while time.perf_counter() < until or len(seconds[torch.bfloat16]) < 5:
+        for dtype, times in seconds.items():
+            x, w, dy = (torch.ones(size, dtype=dtype) for size in ((rows, D), (D, d), (rows, d)))
+            start = time.perf_counter()
+            x @ w, dy @ w.T, x.T @ dy
+            times.append(time.perf_counter() - start)
+    gain = statistics.median(seconds[torch.float32]) / statistics.median(seconds[torch.bfloat16])
+    tqdm.write(f'dtype: this CPU multiplies {gain:.2g} times as fast in bfloat16 as in float32')
+    return gain
+
+
+def tell_if_busy(log):
+    """One line, after the first steps, where more threads want to run than there are cores: then
+    all take much longer."""
     load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else 0  # not on Windows
-    if load > os.cpu_count() + 1:
+    if len(log) == 2 and load > os.cpu_count() + 1:
         tqdm.write(f'busy: {load:.1f} threads for {os.cpu_count()} cores; best is a process a '
                    'core, --threads=1')
 
@@ -686,25 +693,33 @@ COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#00
 
 
 def find_runs(out_dir):
-    """What the runs in out_dir have logged: run name -> [(config.json, log)], one for each seed.
+    """What the runs in out_dir have logged: name -> [(config.json, log)], one for each seed.
 
-    A seed counts once. Runs of one name whose settings differ are told apart by their folders.
+    Seeds stand together where all that shaped them is equal and they are equally far; what is not
+    has a name of its own that says what differs. What cannot be read is told of and left out.
     """
-    found, settings = {}, {}
+    groups = {}                          # name, shape and how far, as text -> {seed: (config, log)}
     for folder in sorted(os.listdir(out_dir)):
-        log = read_log(os.path.join(out_dir, folder, 'log.jsonl'))
-        config = read_text(os.path.join(out_dir, folder, 'config.json'))
-        if not log or not config:
+        if not os.path.exists(os.path.join(out_dir, folder, 'config.json')):
             continue
-        config = json.loads(config)
-        shape = {key: value for key, value in config.items() if key not in FREE | {'seed'}}
-        name = config['name'] or folder                            # older ones tell no name
-        if settings.setdefault(name, shape) != shape:
-            name = folder
-        seeds = found.setdefault(name, [])
-        if config['seed'] not in [other['seed'] for other, _ in seeds]:
-            seeds.append((config, log))
-    return found
+        try:
+            config = json.loads(read_text(os.path.join(out_dir, folder, 'config.json')))
+            log = read_log(os.path.join(out_dir, folder, 'log.jsonl'))
+            kind = {'name': config['name'], **config['shape'], 'seed': None,
+                    'iter': log[-1]['iter'] if log else 0, 'diverged': config.get('diverged')}
+            if log:                      # a seed counts once
+                seeds = groups.setdefault(json.dumps(kind), {})
+                seeds[config['seed']] = config, log
+        except (UserError, ValueError, TypeError, KeyError, OSError) as error:
+            tqdm.write(f'{folder} is left out: {error!r:.60}')
+    kinds, runs = [json.loads(kind) for kind in groups], {}
+    for kind, seeds in zip(kinds, groups.values()):
+        others = [other for other in kinds if other['name'] == kind['name']]
+        differ = [f'{key} {value!s:.22}' for key, value in kind.items()
+                  if any(other.get(key) != value for other in others)]
+        label = f' ({", ".join(differ)})' if differ else ''
+        runs[kind['name'] + label] = list(seeds.values())
+    return runs
 
 
 def draw(out_dir, files=None):
@@ -738,11 +753,6 @@ def save_figure(figure, path):
         figure.savefig(part, format='png', dpi=dpi)
 
 
-def as_text(name):
-    """A run's name for matplotlib, to which $ means a formula and a leading _ to leave it out."""
-    return '\u200b' * name.startswith('_') + name.replace('$', r'\$')
-
-
 def draw_loss(plt, runs, color):
     """Validation loss over iterations: of each run the mean of its seeds, in a band of them all."""
     figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
@@ -751,7 +761,7 @@ def draw_loss(plt, runs, color):
         curves = [{entry['iter']: entry['val_loss'] for entry in log} for _, log in seeds]
         iterations = sorted(set.intersection(*map(set, curves)))   # where all seeds were evaluated
         points = [[curve[iteration] for curve in curves] for iteration in iterations]
-        label = f'{as_text(name)} {statistics.mean(lowest(seeds)):.4f}'
+        label = f'{name} {statistics.mean(lowest(seeds)):.4f}'
         label += f', mean of {len(seeds)} seeds' if len(seeds) > 1 else ''
         axes.plot(iterations, [statistics.mean(p) for p in points], color=color[name], marker='.',
                   linestyle=('-', '--', ':')[i // len(COLORS) % 3], label=label)
@@ -774,7 +784,7 @@ def draw_final_loss(plt, runs, color):
         axes.errorbar(statistics.mean(losses), y, xerr=spread, color=color[name], marker='|',
                       capsize=4)
         axes.plot(losses, [y] * len(losses), '.', color=color[name], alpha=0.5)
-    axes.set_yticks(range(len(runs)), map(as_text, runs))
+    axes.set_yticks(range(len(runs)), runs)
     axes.invert_yaxis()
     axes.set(xlabel='lowest val_loss (nats per token)', title='Seeds, mean, standard deviation')
     axes.grid(alpha=0.3)
@@ -796,7 +806,7 @@ def draw_layers(key, draw_panel, label):
             for layer, axes in enumerate(row):
                 axes.set_visible(layer < len(log[-1][key]))
                 if layer < len(log[-1][key]):
-                    axes.set_title(f'{as_text(name)}, layer {layer + 1}', fontsize=9)
+                    axes.set_title(f'{name}, layer {layer + 1}', fontsize=9)
                     draw_panel(axes, log, layer, color[name])
         figure.supxlabel(label, fontsize=9)
         return figure
@@ -858,42 +868,47 @@ def print_table(out_dir):
 
     What it stands on, the last evaluation of each run, goes to results.jsonl.
     """
-    runs = find_runs(out_dir)
-    table = [('run', 'parameters', 'active', 'val loss', 'Ent_load', 'tokens/s', 'memory')]
+    runs, results = find_runs(out_dir), []
+    table = [('run', 'parameters', 'active', 'val loss', 'Ent_load', 'tokens/s')]
     for name, seeds in runs.items():
-        config, entries = seeds[0][0], [entry for _, log in seeds for entry in log]
+        config = seeds[0][0]
         ent_load = [statistics.mean(log[-1]['ent_load']) for _, log in seeds if log[-1]['ent_load']]
-        speeds = [entry['tokens_per_second'] for entry in entries if entry['tokens_per_second']]
-        memory = [entry['peak_memory'] for entry in entries if entry['peak_memory']]
+        speeds = [entry['tokens_per_second'] for _, log in seeds for entry in log[1:]]
+        diverged = f'diverged at {config["diverged"]:,}' if config.get('diverged') else None
         table.append((name, f'{config["total_parameters"]:,}', f'{config["active_parameters"]:,}',
-                      mean_and_spread(lowest(seeds)),
+                      diverged or mean_and_spread(lowest(seeds)),
                       f'{statistics.mean(ent_load):.3f}' if ent_load else '-',
-                      f'{statistics.median(speeds):,.0f}' if speeds else '-',
-                      f'{max(memory) / 1e9:,.1f} GB' if memory else '-'))
-    if all(row[-1] == '-' for row in table[1:]):                   # a CPU's memory is not measured
-        table = [row[:-1] for row in table]
+                      f'{statistics.median(speeds):,.0f}' if speeds else '-'))
+        for (config, log), loss in zip(seeds, lowest(seeds)):
+            last = {key: value for key, value in log[-1].items() if key != 'class_load'}   # long
+            results.append({'run': name, 'seed': config['seed'], 'lowest_val_loss': loss, **last,
+                            'shape': config['shape']})
     print()
     print_rows(table)
-    print(f'\nval loss: the lowest; Ent_load: at most ln {config["n_expert"]} = '
-          f'{math.log(config["n_expert"]):.3f}; pictures in {out_dir}')
-    results = [{'run': name, 'seed': config['seed'], 'lowest_val_loss': loss,
-                **{key: value for key, value in log[-1].items() if key != 'class_load'}}   # long
-               for name, seeds in runs.items() for (config, log), loss in zip(seeds, lowest(seeds))]
+    experts = sorted({seeds[0][0]['shape']['n_expert'] for seeds in runs.values()})
+    at_most = ', '.join(f'{math.log(E):.3f} of {E} experts' for E in experts)
+    print(f'\nval loss: the lowest; Ent_load: at most ln E, {at_most}; pictures in {out_dir}')
     write_text(os.path.join(out_dir, 'results.jsonl'),
                ''.join(json.dumps(result) + '\n' for result in results))
 
 
 # -----------------------------------------------------------------------------
 
-def check_folders(runs):
+def refuse_to_overwrite(runs):
     """Refuse, with a UserError, to write over a run, or to go on where there is none."""
-    config, there = runs[0], [run for run in runs if os.path.exists(run.path('ckpt.pt'))]
-    if (config.init_from == 'resume' or config.eval_only) and not there:
+    config, there = runs[0], []
+    for run in runs:
+        files = [f for f in ('ckpt.pt', 'best.pt', 'log.jsonl') if os.path.exists(run.path(f))]
+        there += files and [run]
+        if files and config.init_from == 'scratch' and not config.eval_only:
+            raise UserError(f'{run.folder}: expected a new folder, got one that holds a run; '
+                            '--init_from=resume goes on with it, --name= or --out_dir= keeps it')
+        if files and files[0] != 'ckpt.pt':
+            raise UserError(f'{run.folder}: expected its ckpt.pt to go on from, got a run without; '
+                            '--name= trains anew, beside it')
+    if not there and (config.init_from == 'resume' or config.eval_only):
         raise UserError(f'{config.path("ckpt.pt")}: expected a checkpoint to go on from, got no '
                         'such file; train first, without --init_from=resume')
-    if config.init_from == 'scratch' and not config.eval_only and there:
-        raise UserError(f'{there[0].folder}: expected a new folder, got one that holds a run; '
-                        '--init_from=resume goes on with it, --name= or --out_dir= keeps it')
 
 
 def main(arguments):
@@ -902,12 +917,10 @@ def main(arguments):
     for file in files:
         from_file |= read_config_file(TrainConfig, file)
     runs = plan_runs(from_file, from_line)
-    config = runs[0]
+    config, failed = runs[0], []
     if RANK == 0:
-        check_folders(runs)
+        refuse_to_overwrite(runs)
     keep_freed_memory()
-    if config.threads:
-        torch.set_num_threads(config.threads)
     if WORLD_SIZE > 1:
         dist.init_process_group()
     if RANK > 0:
@@ -921,20 +934,20 @@ def main(arguments):
     signal.signal(signal.SIGINT, on_ctrl_c)
 
     for run in runs:
-        if config.eval_only:
-            evaluate_only(run)
-            continue
-        train(run, stop)
+        try:
+            train(run, stop)
+        except Diverged as error:                                  # the others go on
+            failed.append(run.name)
+            tqdm.write(f'error: {error}', file=sys.stderr)
         if stop.is_set():
             again = [argument for argument in arguments if not argument.startswith('--init_from=')]
             print('\nstopped and saved; to go on: '
                   f'python train.py {shlex.join(again)} --init_from=resume')
             break
-    else:
-        if RANK == 0 and not config.eval_only:
-            draw(config.out_dir)
-            print_table(config.out_dir)
-    status = 130 if stop.is_set() else 0
+    if RANK == 0 and not config.eval_only and not stop.is_set():
+        draw(config.out_dir)
+        print_table(config.out_dir)
+    status = 130 if stop.is_set() else 1 if failed else 0
     if WORLD_SIZE > 1:
         leave_together(status)
     sys.exit(status)

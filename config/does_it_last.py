@@ -9,15 +9,14 @@ The rest as in paper_table2.py, with L_aux:
 
 out_dir = 'out/does_it_last'
 aux_weight = 0.01
-runs = {
-    'moe long': {'mlp': 'moe', 'max_iters': 4800, 'eval_interval': 1200},
-    'aoe whole long': {'mlp': 'aoe', 'factorised': False, 'max_iters': 4800, 'eval_interval': 1200},
-    'aoe long': {'mlp': 'aoe', 'max_iters': 4800, 'eval_interval': 1200},
-    'moe code': {'mlp': 'moe', 'dataset': 'code'},
-    'aoe whole code': {'mlp': 'aoe', 'factorised': False, 'dataset': 'code'},
-    'aoe code': {'mlp': 'aoe', 'dataset': 'code'},
-    'moe 4 of 16': {'mlp': 'moe', 'd_ffn': 192, 'n_expert': 16, 'top_k': 4},
-    'aoe whole 4 of 16': {'mlp': 'aoe', 'factorised': False, 'd_ffn': 192, 'n_expert': 16,
-                          'top_k': 4},
-    'aoe 4 of 16': {'mlp': 'aoe', 'd_ffn': 192, 'n_expert': 16, 'top_k': 4},
-}
+runs = {}
+for _name, _change in {
+    'long': {'max_iters': 4800, 'eval_interval': 1200},
+    'code': {'dataset': 'code'},
+    '4 of 16': {'d_ffn': 192, 'n_expert': 16, 'top_k': 4},
+}.items():
+    runs |= {
+        f'moe {_name}': {'mlp': 'moe'} | _change,
+        f'aoe whole {_name}': {'mlp': 'aoe', 'factorised': False} | _change,
+        f'aoe {_name}': {'mlp': 'aoe'} | _change,
+    }

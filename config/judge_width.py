@@ -10,11 +10,6 @@ out_dir = 'out/judge_width'
 factorised = False
 aux_weight = 0.01
 seeds = [1, 2, 3, 4, 5]
-runs = {
-    'moe': {'mlp': 'moe'},
-    'aoe whole 4': {'mlp': 'aoe', 'd_low': 4},
-    'aoe whole 8': {'mlp': 'aoe', 'd_low': 8},
-    'aoe whole 16': {'mlp': 'aoe', 'd_low': 16},
-    'aoe whole 32': {'mlp': 'aoe', 'd_low': 32},
-    'aoe whole 64': {'mlp': 'aoe', 'd_low': 64},
-}
+runs = {'moe': {'mlp': 'moe'}}
+for _width in (4, 8, 16, 32, 64):
+    runs[f'aoe whole {_width}'] = {'mlp': 'aoe', 'd_low': _width}

@@ -32,12 +32,7 @@ runs = {
     'moe aux': {'mlp': 'moe', 'aux_weight': 0.01},
     'moe factorised aux': {'mlp': 'moe', 'aux_weight': 0.01, 'factorised': True},
     'moe large router aux': {'mlp': 'moe', 'aux_weight': 0.01, 'router': 'large'},
-    'aoe 8': {'mlp': 'aoe', 'd_low': 8},
-    'aoe 8 aux': {'mlp': 'aoe', 'd_low': 8, 'aux_weight': 0.01},
-    'aoe 16': {'mlp': 'aoe', 'd_low': 16},
-    'aoe 16 aux': {'mlp': 'aoe', 'd_low': 16, 'aux_weight': 0.01},
-    'aoe 32': {'mlp': 'aoe', 'd_low': 32},
-    'aoe 32 aux': {'mlp': 'aoe', 'd_low': 32, 'aux_weight': 0.01},
-    'aoe 64': {'mlp': 'aoe', 'd_low': 64},
-    'aoe 64 aux': {'mlp': 'aoe', 'd_low': 64, 'aux_weight': 0.01},
 }
+for _d_low in (8, 16, 32, 64):
+    runs[f'aoe {_d_low}'] = {'mlp': 'aoe', 'd_low': _d_low}
+    runs[f'aoe {_d_low} aux'] = {'mlp': 'aoe', 'd_low': _d_low, 'aux_weight': 0.01}

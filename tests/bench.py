@@ -1,43 +1,46 @@
 """
 Speed and memory of the three MLPs, in one run, the sides taking turns.
 
-    python tests/bench.py                          # everything, some minutes
+    python tests/bench.py                          # four parts, some minutes
     python tests/bench.py --only=layer,memory
     python tests/bench.py --threads=1 --json=bench.json
+    python tests/bench.py --only=fake config/openwebtext.py
 
 Times are medians; a ratio is the median of the ratios of each round, so that
 what slows the machine for a while slows both sides of it. Parts: layer (an MLP
 alone, forward and backward), step (a training step of the model), memory
-(bytes kept for backward), cost (speed and memory of aoe over d_low). `aoe whole`
+(bytes that a layer keeps for backward), cost (of aoe over the width that it
+judges by); and fake: the most memory that a training step needs with the sizes
+of a config file, found in seconds with tensors that have no numbers. `aoe whole`
 is aoe with a gate that is not factorised.
 """
 
-import contextlib
 import gc
 import itertools
 import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import configurator
-from configurator import UserError, build, expect, parse
-from model import GPT, MLPS, PLAIN, GPTConfig
-from prepare_data import PrepareConfig, prepare
-from train import Training, choose_device, keep_freed_memory, plan_runs, print_rows
+from configurator import UserError, build, expect, parse, read_config_file, write_text
+from model import GPT, MLPS, GPTConfig, Routing
+from train import (TrainConfig, choose_device, keep_freed_memory, make_optimizer, model_config,
+                   plan_runs, print_rows)
 
-PARTS = ('layer', 'step', 'memory', 'cost')
+PARTS = ('layer', 'step', 'memory', 'cost', 'fake')
 SIDES = {'dense': {'mlp': 'dense'}, 'moe': {'mlp': 'moe'}, 'aoe': {'mlp': 'aoe'},
-         'aoe whole': {'mlp': 'aoe', 'factorised': False}}
+         'aoe whole': {'mlp': 'aoe', 'factorised': False, 'd_low': None}}
 LAYERS = {          # the MLP alone: its configuration, and the tokens that pass it at once
     'small': ({'n_embd': 128, 'd_ffn': 256}, 1024),
     'medium': ({'n_embd': 384, 'd_ffn': 1024, 'd_low': 128}, 8192),
@@ -55,7 +58,7 @@ MODELS = {          # a whole training step; of the paper's shape it is too long
 class BenchConfig:
     """The keys of this script."""
     # keys
-    only: str = 'layer,step,memory,cost'   # the parts to measure, with commas
+    only: str = 'layer,step,memory,cost'   # the parts to measure, with commas; fake is one more
     shapes: str = 'small,medium,paper'   # the sizes to measure, with commas
     rounds: int = 15                     # measurements of each side; the median counts
     warmup: int = 10                     # rounds of a window; it warms up by windows until steady
@@ -64,7 +67,7 @@ class BenchConfig:
     device: str = 'auto'                 # auto: cuda, else mps, else cpu
     dtype: Literal['float32', 'bfloat16'] = 'bfloat16'   # of weights and inputs, or of autocast
     aux_weight: float = 0.0              # weight of the load-balancing loss
-    plain: bool = False                  # measure part 1 of model.py
+    plain: bool = False                  # measure part 1 of model.py without part 3
     keep_freed_memory: bool = True       # as train.py does; False: the C library's own way
     compile: bool = False                # torch.compile, in the training step
     json: str | None = None              # write the figures to this file as well
@@ -74,29 +77,14 @@ class BenchConfig:
             expect(self, key, f'some of {", ".join(known)}',
                    lambda text, known=known: set(text.split(',')) <= set(known))
         expect(self, 'rounds warmup threads', 'a positive number', lambda n: n > 0)
+        expect(self, 'json', 'a file to write to', lambda path: not os.path.isdir(path)
+               and os.access(os.path.dirname(path) or '.', os.W_OK))
 
 
-def multiply_adds(config):
-    """Of one MLP layer per token, forward and backward, as model.py executes them.
+# -----------------------------------------------------------------------------
+# measuring
 
-    A product costs three times its forward, since its gradient is two products of the same size.
-    What aoe spends on judging is less: only the chosen of E have a gradient, unless L_aux asks for
-    all (and evaluates all twice). What it spends on the gate, if that is factorised, is more:
-    C_i Wup_i is computed again in backward.
-    """
-    D, E, K, d = config.n_embd, config.n_expert, config.top_k, config.d_ffn
-    if config.mlp == 'dense':
-        return 3 * K * 3 * D * d
-    if config.mlp == 'moe':
-        return 3 * (D * E + K * 3 * D * d)
-    d_low, d_wide = config.d_low, config.d_wide
-    evaluation = (4 * E if config.aux_weight else E) * D * d_low + 2 * K * D * d_low
-    if not config.factorised:
-        return evaluation + 3 * K * 3 * D * d
-    return evaluation + K * (4 * d_low * d_wide + 3 * 2 * D * d_wide)
-
-
-def alternate(sides, bench, make=lambda turn: None):
+def alternate(sides, bench, make):
     """Time each side's function of what make(turn) gives, once a round: name -> seconds.
 
     Before that it warms up: by windows of bench.warmup rounds, 6 at most, until no side gains 3 %
@@ -133,133 +121,18 @@ def ratio(faster, slower):
     return statistics.median(s / f for f, s in zip(faster, slower))
 
 
-def layer_config(side, shape, bench):
-    shape = dict(shape)
-    if side == 'aoe whole':              # its own default: d_low near D/6
-        shape.pop('d_low', None)
-    return GPTConfig(**SIDES[side], aux_weight=bench.aux_weight, plain=bench.plain, **shape)
+def multiply_adds(function, x):
+    """Those of all matmuls that function(x) executes, one after the other or grouped."""
+    more = {}
+    if hasattr(torch.ops.aten, '_grouped_mm'):
+        more[torch.ops.aten._grouped_mm] = lambda a, b, *_, **__: 2 * a[0] * a[1] * b[-1]
+    with FlopCounterMode(display=False, custom_mapping=more) as counter:
+        function(x)
+    return counter.get_total_flops() / 2
 
 
-def make_layer(config, bench, device):
-    torch.manual_seed(bench.seed)
-    layer = (PLAIN if config.plain else MLPS)[config.mlp](config)
-    for name, p in layer.named_parameters():
-        torch.nn.init.normal_(p, std=config.d_low ** -0.5 if name == 'w_up' else 0.02)
-    return layer.to(device, getattr(torch, bench.dtype))
-
-
-def make_input(shape, tokens, bench, device, turn):
-    generator = torch.Generator().manual_seed(bench.seed + turn)   # other tokens each round
-    x = torch.randn(tokens, shape['n_embd'], generator=generator)
-    return x.to(device, getattr(torch, bench.dtype)).requires_grad_()
-
-
-def transformers_layers(config, tokens, moe, bench, device):
-    """Hugging Face's Mixtral block with the weights of moe: setting -> function(x). Empty without
-    transformers."""
-    try:
-        from transformers import MixtralConfig
-        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-    except ImportError:
-        print('  (transformers is not installed: its Mixtral block is not measured)')
-        return {}
-    layers = {}
-    for setting in ('eager', 'batched_mm', 'grouped_mm'):
-        if setting == 'batched_mm' and tokens * moe.w_p[0].numel() > 2**28:
-            continue                                               # it copies them for every pair
-        theirs = MixtralConfig(
-            hidden_size=config.n_embd, intermediate_size=config.d_ffn,
-            num_local_experts=config.n_expert, num_experts_per_tok=config.top_k,
-            experts_implementation=setting)
-        block = MixtralSparseMoeBlock(theirs).to(device, getattr(torch, bench.dtype))
-        with torch.no_grad():
-            block.gate.weight.copy_(moe.router.T)
-            block.experts.gate_up_proj.copy_(torch.cat([moe.w_g, moe.w_p], 2).transpose(1, 2))
-            block.experts.down_proj.copy_(moe.w_o.transpose(1, 2))
-        layers[f'mixtral {setting}'] = lambda x, block=block: block(x[None])
-    return layers
-
-
-def time_layers(layers, shape, tokens, bench, device):
-    """Seconds of each layer, forward and backward: name -> list."""
-    def run(layer):
-        def function(x):
-            h = layer(x)
-            h = h[0] if isinstance(h, tuple) else h
-            h.view_as(x).backward(cotangent)
-            if isinstance(layer, torch.nn.Module):
-                layer.zero_grad(set_to_none=True)
-            x.grad = None
-        return function
-    def make(turn):
-        return make_input(shape, tokens, bench, device, turn)
-    cotangent = torch.randn_like(make(0))
-    return alternate({name: run(layer) for name, layer in layers.items()}, bench, make)
-
-
-def bench_layer(bench, device):
-    """An MLP alone, forward and backward."""
-    results = []
-    for label in bench.shapes.split(','):
-        shape, tokens = LAYERS[label]
-        configs = {side: layer_config(side, shape, bench) for side in SIDES}
-        layers = {side: make_layer(config, bench, device) for side, config in configs.items()}
-        layers |= transformers_layers(configs['moe'], tokens, layers['moe'], bench, device)
-        seconds = time_layers(layers, shape, tokens, bench, device)
-
-        c = configs['aoe']
-        print(f'\nlayer, {label}: D {c.n_embd}, d_ffn {c.d_ffn}, d_low {c.d_low} (whole: '
-              f'{configs["aoe whole"].d_low}), E {c.n_expert}, K {c.top_k}, {tokens:,} tokens')
-        rows = [('', 'ms', 'of dense', 'predicted', 'of moe', 'predicted')]
-        for name in layers:
-            row = {'part': 'layer', 'shape': label, 'side': name,
-                   'ms': 1e3 * statistics.median(seconds[name])}
-            for base in ('dense', 'moe'):
-                row[f'of_{base}'] = ratio(seconds[name], seconds[base])
-                config = configs.get(name, configs['moe'])
-                row[f'predicted_of_{base}'] = multiply_adds(configs[base]) / multiply_adds(config)
-            results.append(row)
-            rows.append((name, f'{row["ms"]:.2f}', *(f'{row[key]:.2f}' for key in (
-                'of_dense', 'predicted_of_dense', 'of_moe', 'predicted_of_moe'))))
-        print_rows(rows)
-    return results
-
-
-def bench_step(bench, device):
-    """A training step of the whole model, as train.py does it."""
-    results = []
-    for label in bench.shapes.split(','):
-        if label not in MODELS:
-            continue
-        shape = MODELS[label]
-        with tempfile.TemporaryDirectory() as folder:
-            with contextlib.redirect_stdout(None):
-                config = PrepareConfig(name='code', data_dir=folder)
-                prepare([os.path.join(ROOT, 'model.py')], config)
-            values = {'dataset': 'code', 'data_dir': folder, 'device': str(device),
-                      'dtype': bench.dtype, 'seed': bench.seed, 'aux_weight': bench.aux_weight,
-                      'plain': bench.plain, 'compile': bench.compile, 'runs': SIDES}
-            runs = plan_runs(values | shape, {})
-            trainings = {run.name: Training(run) for run in runs}
-        sides = {name: lambda _, training=training: [training.step() for _ in range(3)]
-                 for name, training in trainings.items()}
-        seconds = alternate(sides, bench)
-        print(f'\ntraining step, {label}: {shape["n_layer"]} layers, D {shape["n_embd"]}, d_ffn '
-              f'{shape["d_ffn"]}, {shape["batch_size"]} x {shape["block_size"]} tokens')
-        rows = [('', 'tokens/s', 'of dense', 'of moe')]
-        for name, training in trainings.items():
-            speed = 3 * training.tokens_per_iter / statistics.median(seconds[name])
-            row = {'part': 'step', 'shape': label, 'side': name, 'tokens_per_second': speed,
-                   'of_dense': ratio(seconds[name], seconds['dense']),
-                   'of_moe': ratio(seconds[name], seconds['moe'])}
-            results.append(row)
-            rows.append((name, f'{speed:,.0f}', f'{row["of_dense"]:.2f}', f'{row["of_moe"]:.2f}'))
-        print_rows(rows)
-    return results
-
-
-def bytes_kept(layer, x, *more):
-    """Bytes that layer(x, *more) keeps for backward, each once, without parameters and x."""
+def bytes_kept(layer, x):
+    """Bytes that layer(x) keeps for backward, each once, without parameters and x."""
     left_out = {p.untyped_storage().data_ptr() for p in (*layer.parameters(), x)}
     kept = {}
 
@@ -269,96 +142,255 @@ def bytes_kept(layer, x, *more):
             kept[storage.data_ptr()] = storage                     # held: no address is used twice
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        h = layer(x, *more)
+        h = layer(x)
     del h
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def bench_memory(bench, device):
-    """What a layer keeps for backward: exact, and the same on any machine."""
-    results = []
-    rows = [('KiB per token and layer', *SIDES)]
-    for label in bench.shapes.split(','):
-        shape, tokens = LAYERS[label]
-        cells = []
-        for side in SIDES:
-            layer = make_layer(layer_config(side, shape, bench), bench, device)
-            x = make_input(shape, tokens, bench, device, 0)
-            kib = bytes_kept(layer, x) / tokens / 1024
-            row = {'part': 'memory', 'shape': label, 'side': side, 'kib_per_token': kib}
-            results.append(row)
-            cells.append(f'{kib:.1f}')
-        rows.append((label, *cells))
-    print(f'\nkept for backward by the MLP, {bench.dtype}')
-    print_rows(rows)
-    return results + bench_model_memory(bench, device)
+# -----------------------------------------------------------------------------
+# an MLP alone
+
+def layer_config(side, shape, bench):
+    return GPTConfig(**shape | SIDES[side], aux_weight=bench.aux_weight, plain=bench.plain)
 
 
-def bench_model_memory(bench, device):
-    """What the whole model keeps for backward per token, at the last of the shapes: for each layer,
-    and besides layers."""
-    def kib_per_token(side, n_layer):
-        config = layer_config(side, shape | {'n_layer': n_layer, 'vocab_size': 50_304,
-                                             'block_size': 1024}, bench)
-        model = GPT(config).to(device)
-        generator = torch.Generator().manual_seed(bench.seed)
-        tokens = torch.randint(config.vocab_size, (1, 1024), generator=generator).to(device)
-        dtype = getattr(torch, bench.dtype)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            half, whole = (bytes_kept(model, idx, idx) for idx in (tokens[:, :512], tokens))
-        return (whole - half) / 512 / 1024   # without copies of weights, the same for both
+def make_layer(config, bench, device):
+    torch.manual_seed(bench.seed)
+    layer = MLPS[config.mlp](config)
+    for name, p in layer.named_parameters():
+        torch.nn.init.normal_(p, std=config.d_low ** -0.5 if name == 'w_up' else 0.02)
+    return layer.to(device, getattr(torch, bench.dtype))
 
-    label = bench.shapes.split(',')[-1]
-    shape, _ = LAYERS[label]
-    results = []
-    rows = [('KiB per token', 'each layer', 'embedding, head, loss', '12 layers, of moe')]
-    for side in ('moe', 'aoe', 'aoe whole', 'dense'):
-        one, two = (kib_per_token(side, n_layer) for n_layer in (1, 2))
-        row = {'part': 'model memory', 'side': side, 'kib_per_layer': two - one,
-               'kib_besides': 2 * one - two}
+
+def make_input(shape, tokens, bench, device, turn):
+    generator = torch.Generator().manual_seed(bench.seed + turn)   # other tokens each round
+    x = torch.randn(tokens, shape['n_embd'], generator=generator)
+    return x.to(device, getattr(torch, bench.dtype)).requires_grad_()   # as inside a model
+
+
+def forward_and_backward(layer):
+    """A function of x that does both, of the loss that L_aux is part of."""
+    def function(x):
+        h, routing = layer(x)
+        aux_loss = routing.aux_loss if isinstance(routing, Routing) else 0
+        (h.sum() + aux_loss).backward()
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+    return function
+
+
+class Mixtral(torch.nn.Module):
+    """Hugging Face's Mixtral block, in one of its implementations, with the weights of moe."""
+
+    def __init__(self, moe, implementation):
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+        super().__init__()
+        c = moe.config
+        self.block = MixtralSparseMoeBlock(MixtralConfig(
+            hidden_size=c.n_embd, intermediate_size=c.d_ffn, num_local_experts=c.n_expert,
+            num_experts_per_tok=c.top_k, experts_implementation=implementation)).to(moe.w_p)
+        with torch.no_grad():
+            self.block.gate.weight.copy_(moe.router.T)
+            self.block.experts.gate_up_proj.copy_(torch.cat([moe.w_g, moe.w_p], 2).mT)
+            self.block.experts.down_proj.copy_(moe.w_o.mT)
+
+    def forward(self, x):
+        h = self.block(x[None])
+        return (h[0] if isinstance(h, tuple) else h).view_as(x), None
+
+
+def mixtral_layers(moe, tokens):
+    """Name -> Mixtral of each implementation. Empty without transformers."""
+    settings = ['eager', 'batched_mm', 'grouped_mm']
+    if tokens * moe.w_p[0].numel() > 2**28:                        # it copies weights for each pair
+        settings.remove('batched_mm')
+    try:
+        return {f'mixtral {setting}': Mixtral(moe, setting) for setting in settings}
+    except ImportError:
+        print('  (transformers is not installed: its Mixtral block is not measured)')
+        return {}
+
+
+def compare(part, label, layers, bench, device):
+    """Time layers, count what they execute and keep; print it beside dense's and moe's."""
+    shape, tokens = LAYERS[label]
+    x = make_input(shape, tokens, bench, device, 0)
+    sides = {name: forward_and_backward(layer) for name, layer in layers.items()}
+    seconds = alternate(sides, bench, lambda turn: make_input(shape, tokens, bench, device, turn))
+    executed = {name: multiply_adds(function, x) for name, function in sides.items()}
+    results, rows = [], [('', 'ms', 'of dense', 'predicted', 'of moe', 'predicted', 'KiB/token')]
+    for name, layer in layers.items():
+        row = {'part': part, 'shape': label, 'side': name,
+               'ms': 1e3 * statistics.median(seconds[name]),
+               'kib_per_token': bytes_kept(layer, x) / tokens / 1024}
+        for base in ('dense', 'moe'):
+            row[f'of_{base}'] = ratio(seconds[name], seconds[base])
+            row[f'predicted_of_{base}'] = executed[base] / executed[name]
         results.append(row)
-        all_of, moe = (r['kib_besides'] + 12 * r['kib_per_layer'] for r in (row, results[0]))
-        row['of_moe'] = all_of / moe
-        rows.append((side, f'{row["kib_per_layer"]:.1f}', f'{row["kib_besides"]:.1f}',
-                     f'{row["of_moe"]:.2f}'))
-    print(f'\nkept for backward by the model, {label}, vocabulary 50,304, {bench.dtype}')
+        rows.append((name, *(f'{row[key]:.2f}' for key in (
+            'ms', 'of_dense', 'predicted_of_dense', 'of_moe', 'predicted_of_moe')),
+            f'{row["kib_per_token"]:.1f}'))
     print_rows(rows)
     return results
 
 
-def bench_cost(bench, device):
+def bench_layer(bench, device, _):
+    """An MLP alone, forward and backward."""
+    results = []
+    for label in bench.shapes.split(','):
+        shape, tokens = LAYERS[label]
+        layers = {side: make_layer(layer_config(side, shape, bench), bench, device)
+                  for side in SIDES}
+        c, whole = layers['aoe'].config, layers['aoe whole'].config
+        print(f'\nlayer, {label}: D {c.n_embd}, d_ffn {c.d_ffn}, d_low {c.d_low} (whole: d_judge '
+              f'{whole.d_judge}), E {c.n_expert}, K {c.top_k}, {tokens:,} tokens')
+        layers |= mixtral_layers(layers['moe'], tokens)
+        results += compare('layer', label, layers, bench, device)
+    return results
+
+
+def bench_cost(bench, device, _):
     """Table 4 of the paper: what aoe costs over d_low, D/12 to 2 D/3, at the last of the shapes;
-    and with a gate that is not factorised, at D/24 to D/3."""
+    and with a whole gate over d_judge, D/24 to D/3."""
     label = bench.shapes.split(',')[-1]
-    shape, tokens = LAYERS[label]
-    configs = {'moe': layer_config('moe', shape, bench)}
-    for side, parts in (('aoe', (12, 6, 3, 1.5)), ('aoe whole', (24, 12, 6, 3))):
+    shape, _ = LAYERS[label]
+    configs = {side: layer_config(side, shape, bench) for side in ('dense', 'moe')}
+    for side, key, parts in (('aoe', 'd_low', (12, 6, 3, 1.5)),
+                             ('aoe whole', 'd_judge', (24, 12, 6, 3))):
         for part in parts:
-            d_low = max(8, 8 * round(shape['n_embd'] / part / 8))
-            config = layer_config(side, shape, bench)
-            configs[f'{side} {d_low}'] = replace(config, d_low=d_low)
+            width = max(8, 8 * round(shape['n_embd'] / part / 8))
+            configs[f'{side} {width}'] = replace(layer_config(side, shape, bench), **{key: width})
     layers = {name: make_layer(config, bench, device) for name, config in configs.items()}
-    seconds = time_layers(layers, shape, tokens, bench, device)
-    results, rows = [], [('', 'tokens/s', 'of moe', 'predicted', 'KiB/token', 'of moe')]
-    for name, layer in layers.items():
-        kib = bytes_kept(layer, make_input(shape, tokens, bench, device, 0)) / tokens / 1024
-        speed = tokens / statistics.median(seconds[name])
-        predicted = multiply_adds(configs['moe']) / multiply_adds(configs[name])
-        row = {'part': 'cost', 'side': name, 'tokens_per_second': speed, 'kib_per_token': kib,
-               'of_moe': ratio(seconds[name], seconds['moe']), 'predicted_of_moe': predicted}
-        results.append(row)
-        rows.append((name, f'{speed:,.0f}', f'{row["of_moe"]:.2f}', f'{predicted:.2f}',
-                     f'{kib:.1f}', f'{kib / results[0]["kib_per_token"]:.2f}'))
-    print(f'\ncost of the layer over d_low, {label}, aux_weight {bench.aux_weight:g}')
+    print(f'\ncost over d_low (whole: d_judge), {label}, aux_weight {bench.aux_weight:g}')
+    return compare('cost', label, layers, bench, device)
+
+
+def bench_memory(bench, device, _):
+    """What a layer keeps for backward: exact, and the same on any machine."""
+    results, rows = [], [('KiB per token and layer', *SIDES)]
+    for label in bench.shapes.split(','):
+        shape, tokens = LAYERS[label]
+        for side in SIDES:
+            layer = make_layer(layer_config(side, shape, bench), bench, device)
+            kept = bytes_kept(layer, make_input(shape, tokens, bench, device, 0))
+            results.append({'part': 'memory', 'shape': label, 'side': side,
+                            'kib_per_token': kept / tokens / 1024})
+        rows.append((label, *(f'{row["kib_per_token"]:.1f}' for row in results[-len(SIDES):])))
+    print(f'\nkept for backward by the MLP, {bench.dtype}')
+    print_rows(rows)
+    return results
+
+
+# -----------------------------------------------------------------------------
+# a training step
+
+def make_step(config, device, compile=False):
+    """A new model, and a function of tokens (B, S) that trains it by a step, as train.py does. That
+    calls mark(phase) where a phase begins."""
+    torch.manual_seed(config.seed)
+    with device:
+        model = GPT(model_config(config))
+    optimizer = make_optimizer(model, config, device)
+    forward = torch.compile(model) if compile else model
+    dtype = getattr(torch, config.dtype)
+
+    def step(idx, mark=lambda phase: None):
+        mark('forward')
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            _, loss, routing = forward(idx, idx)
+        (loss + routing.aux_loss.sum()).backward()
+        mark('optimizer')
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        mark('end')
+    return model, step
+
+
+def bench_step(bench, device, _):
+    """A training step of the whole model, on the bytes of model.py."""
+    with open(os.path.join(ROOT, 'model.py'), 'rb') as file:
+        text = torch.tensor(list(file.read()), device=device)
+    results = []
+    for label in set(bench.shapes.split(',')) & set(MODELS):
+        shape = MODELS[label]
+        size = shape['batch_size'], shape['block_size']
+
+        def batch(turn, size=size):
+            generator = torch.Generator().manual_seed(bench.seed + turn)
+            starts = torch.randint(len(text) - size[1], (size[0], 1), generator=generator)
+            return text[(starts + torch.arange(size[1])).to(device)]
+        configs = plan_runs({'vocab_size': 256, 'dtype': bench.dtype, 'seed': bench.seed, 'plain':
+                             bench.plain, 'aux_weight': bench.aux_weight, 'runs': SIDES} | shape, {})
+        sides = {c.name: make_step(c, device, bench.compile)[1] for c in configs}
+        seconds = alternate(sides, bench, batch)
+        print(f'\ntraining step, {label}: {shape["n_layer"]} layers, D {shape["n_embd"]}, d_ffn '
+              f'{shape["d_ffn"]}, {size[0]} x {size[1]} tokens')
+        rows = [('', 'tokens/s', 'of dense', 'of moe')]
+        for name in sides:
+            row = {'part': 'step', 'shape': label, 'side': name,
+                   'tokens_per_second': size[0] * size[1] / statistics.median(seconds[name]),
+                   **{f'of_{base}': ratio(seconds[name], seconds[base]) for base in ('dense', 'moe')}}
+            results.append(row)
+            rows.append((name, f'{row["tokens_per_second"]:,.0f}', f'{row["of_dense"]:.2f}',
+                         f'{row["of_moe"]:.2f}'))
+        print_rows(rows)
+    return results
+
+
+def peak_of_step(config):
+    """(bytes, phase): the most that a training step holds at once, weights and AdamW's averages
+    among it, and in which phase that is. In the second step: the first makes the averages."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+    device, peak, where, now = torch.device('cpu'), 0, None, None
+    with FakeTensorMode(), MemTracker() as tracker:
+        def mark(phase):                                           # what ends here was `now`
+            nonlocal peak, where, now
+            held = tracker.get_tracker_snapshot('peak')[device]['Total']
+            if held > peak:
+                peak, where = held, now
+            now = phase
+
+        model, step = make_step(config, device)
+        idx = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64)
+        step(idx)
+        tracker.reset_mod_stats()
+        model.norm.register_forward_hook(lambda *_: mark('head and loss'))
+        model.norm.register_full_backward_pre_hook(lambda *_: mark('backward of layers'))
+        step(idx, mark)
+    return peak, where
+
+
+def bench_fake(bench, _, files):
+    """The most memory that a training step needs, on tensors without numbers: in some seconds, of
+    models that do not fit this machine. (Below 256 positions a CPU's attention is in float32.)"""
+    if not hasattr(F, 'grouped_mm'):     # a loop over experts has to know how many rows each has
+        raise UserError(f'fake: expected a PyTorch with grouped_mm, got {torch.__version__}')
+    values = {'vocab_size': 84}
+    for file in files or [os.path.join(ROOT, 'config', 'openwebtext.py')]:
+        values |= read_config_file(TrainConfig, file)
+    runs = {side: {'factorised': None, **SIDES[side]} for side in ('moe', 'aoe', 'aoe whole', 'dense')}
+    values |= {'runs': runs, 'name': None, 'seeds': None, 'dtype': bench.dtype}
+    results, rows = [], [('', 'GiB', 'of moe', 'where')]
+    for c in plan_runs(values, {}):
+        peak, where = peak_of_step(c)
+        results.append({'part': 'fake', 'side': c.name, 'peak': peak, 'where': where})
+        rows.append((c.name, f'{peak / 2**30:.2f}', f'{peak / results[0]["peak"]:.2f}', where))
+    print(f'\npeak of a training step: {c.n_layer} layers, D {c.n_embd}, d_ffn {c.d_ffn}, E '
+          f'{c.n_expert}, vocabulary {c.vocab_size:,}, {c.batch_size} x {c.block_size} tokens, '
+          f'{c.dtype}, aux_weight {c.aux_weight:g}')
     print_rows(rows)
     return results
 
 
 def main(arguments):
-    values, rest = parse(BenchConfig, arguments, __doc__)
-    if rest:
-        raise UserError(f'expected --key=value, got {rest[0]!r}; --help lists the keys')
+    values, files = parse(BenchConfig, arguments, __doc__)
     bench = build(BenchConfig, values)
+    if files and bench.only != 'fake':
+        raise UserError(f'expected --key=value, or --only=fake and config files, got {files[0]!r}; '
+                        '--help lists the keys')
     if bench.threads:
         torch.set_num_threads(bench.threads)
     if bench.keep_freed_memory:
@@ -368,12 +400,12 @@ def main(arguments):
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
     print(f'torch {torch.__version__}, {device} ({name}), {bench.dtype}, {bench.rounds} rounds')
-    parts = {'layer': bench_layer, 'step': bench_step, 'memory': bench_memory, 'cost': bench_cost}
-    results = [row for part in bench.only.split(',') for row in parts[part](bench, device)]
+    parts = {'layer': bench_layer, 'step': bench_step, 'memory': bench_memory, 'cost': bench_cost,
+             'fake': bench_fake}
+    results = [row for part in bench.only.split(',') for row in parts[part](bench, device, files)]
     if bench.json:
-        with open(bench.json, 'w', encoding='utf-8') as file:
-            facts = {'torch': torch.__version__, 'device': name, **asdict(bench)}
-            json.dump(facts | {'results': results}, file, indent=1)
+        facts = {'torch': torch.__version__, 'device': name, **asdict(bench)}
+        write_text(bench.json, json.dumps(facts | {'results': results}, indent=1))
 
 
 if __name__ == '__main__':

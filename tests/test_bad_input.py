@@ -34,11 +34,14 @@ MISTAKES = {prepare_data: (
     (['code.txt', '--name='], "name: expected the name of a folder in data_dir, got ''"),
     (['code.txt', '--name=..'], "name: expected the name of a folder in data_dir, got '..'"),
     (['code.txt', '--name=a/b'], "name: expected the name of a folder in data_dir, got 'a/b'"),
-    (['code.txt', '--data_dir=code.txt'], 'code.txt/code: expected to write it, got "[Errno 20]'),
+    (['code.txt', '--data_dir=code.txt'], 'code.txt/code: expected to write it, got "[Errno '),
     (['code.txt', '--tokenizer=word'], "--tokenizer: expected char or gpt2, got 'word'"),
     (['code.txt', '--tokeniser=gpt2'], '--tokeniser: no such key; did you mean tokenizer?'),
     (['tinyshakespeare', '--input=code.txt'], 'tinyshakespeare: expected sha256 86c4e6aa'),
     (['tinyshakespeare', '--input=nothing.txt'], "got 'nothing.txt': No such file or directory"),
+    (['one.txt', '--input=code.txt'], "input: expected shakespeare or tinyshakespeare with it"),
+    (['openwebtext', '--input=code.txt'], "of which it is a copy, got 'openwebtext'; leave out"),
+    (['numbers.jsonl'], "line 1: expected a JSON object with a text under 'text', got '{"),
 ), train: (
     (['--dataset=nothing'], 'got no meta.json there; run `python prepare_data.py FILE` first'),
     (['--dataset=shakespeare_gpt2'], 'run `python prepare_data.py shakespeare --tokenizer=gpt2`'),
@@ -115,8 +118,10 @@ MISTAKES = {prepare_data: (
     (['--name=x', '--mlp=aoe,moe'], 'name: expected one run with it, got several; give one --mlp='),
     (['--name=a/b'], "name: expected the name of a folder in out_dir, got 'a/b'"),
     (['config/none.py'], "expected a config file such as config/shakespeare_cpu.py"),
-    (['binary.txt'], "got 'binary.txt': it is no UTF-8 text"),
-    (['evil.py'], "evil.py, line 1: expected key = value, got 'import os'"),
+    (['binary.txt'], "got 'binary.txt': there is no such .py file"),
+    (['binary.py'], 'binary.py, line 1: expected it to run, got '),
+    (['wrong.py'], "wrong.py, line 2: expected it to run, got NameError: name 'n_hed' is"),
+    (['own.py'], "own.py: os: no such key; --help lists the keys (a config file's own names begin"),
     (['--n_layer', '3'], "expected --key=value, got '--n_layer'"),
     (['--n_lyer=3'], '--n_lyer: no such key; did you mean n_layer?'),
 ), sample: (
@@ -156,8 +161,12 @@ def spoilt(workspace):
                 file.write(content)
         with open('lines.jsonl', 'w', encoding='utf-8') as file:
             file.write('{"body": "a text"}\n{}\n')
-        with open('evil.py', 'w', encoding='utf-8') as file:
-            file.write("import os\nos.system('touch exploded')\n")
+        with open('numbers.jsonl', 'w', encoding='utf-8') as file:
+            file.write('{"text": 5}\n')
+        for name, content in (('binary', '\0'), ('wrong', 'n_head = 2\nn_embd = 16 * n_hed\n'),
+                              ('own', 'import os\n')):
+            with open(f'{name}.py', 'w', encoding='utf-8') as file:
+                file.write(content)
         for name in ('short', 'greek'):
             run_script('prepare_data.py', f'{name}.txt', cwd=workspace)
         with open('data/code/meta.json', encoding='utf-8') as file:

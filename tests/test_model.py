@@ -1,9 +1,11 @@
-"""model.py against slow loops written from the paper, its plain part against its lean one,
-hand-computed cases and properties that must hold."""
+"""model.py against slow loops written from the paper, its plain way against its fast one, edits of
+it against loops with the same edit, hand-computed cases and properties that must hold."""
 
 import itertools
 import math
 import os
+import sys
+import types
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from conftest import ROOT
-from model import (GPT, MLP, MLPS, PLAIN, GPTConfig, MoE, Routing, count, entropy, grouped_mm,
-                   rotate, softmax_over, sort_by_expert)
+from model import (GPT, MLP, MLPS, GPTConfig, MoE, Routing, count, distance_of_both_ways, entropy,
+                   grouped_mm, rotate, sort_by_expert)
 
 SPARSE = ('moe', 'aoe')
 # who scores x how the gate is made, the large router of Table 2, and Switch's weights
@@ -25,13 +27,13 @@ RULES = ({}, {'select': 'top_p'}, {'select': 'expert_choice', 'capacity_factor':
 
 def small_config(mlp, **changes):
     return GPTConfig(**{'mlp': mlp, 'vocab_size': 11, 'block_size': 8, 'n_layer': 2, 'n_head': 2,
-                        'n_embd': 16, 'n_expert': 5, 'top_k': 2, 'd_ffn': 24, 'd_low': 8} | changes)
+                        'n_embd': 16, 'n_expert': 5, 'top_k': 2, 'd_ffn': 24} | changes)
 
 
-def layer(mlp, plain=False, **changes):
+def layer(mlp, plain=False, mlps=MLPS, **changes):
     """A layer alone, in float64, with weights large enough to tell experts apart."""
     torch.manual_seed(0)
-    module = (PLAIN if plain else MLPS)[mlp](small_config(mlp, plain=plain, **changes)).double()
+    module = mlps[mlp](small_config(mlp, plain=plain, **changes)).double()
     for p in module.parameters():
         torch.nn.init.normal_(p, std=0.5)
     return module
@@ -44,12 +46,16 @@ def down(m, i):
     return m.w_down[:, 8 * i:8 * i + 8]
 
 
-def scores_slowly(m, x):
+def l2(C):
+    return sum(c * c for c in C).sqrt()
+
+
+def scores_slowly(m, x, norm=l2):
     """p of one token x (D,), a list of E numbers."""
-    if isinstance(m, MoE):
+    if m.config.mlp == 'moe':
         x = F.silu(x @ m.router_in) if m.config.router == 'large' else x
         return list(x @ m.router)
-    return [sum(c * c for c in x @ down(m, i)).sqrt() for i in range(5)]
+    return [norm(x @ down(m, i)) for i in range(5)]
 
 
 def choose_slowly(m, p):
@@ -75,24 +81,39 @@ def choose_slowly(m, p):
     return sets
 
 
-def layer_slowly(m, x):
+def softmax_slowly(p_t, among, i):
+    return p_t[i].exp() / sum(p_t[j].exp() for j in among)
+
+
+def balance_slowly(p, f):
+    """E sum_i f_i P_i of Eq. 2, by the scores p (T lists of E) and the loads f (E)."""
+    q = [[softmax_slowly(p_t, range(5), i) for i in range(5)] for p_t in p]
+    return 5 * sum(f[i] * sum(q_t[i] for q_t in q) / len(q) for i in range(5))
+
+
+def silu(g):
+    return g * torch.sigmoid(g)
+
+
+def layer_slowly(m, x, scores=scores_slowly, choose=choose_slowly, weigh=softmax_slowly,
+                 balance=balance_slowly, activation=silu):
     """(h, aux_loss) of tokens x (T, D): Algorithms 1 and 2 with one token and expert at a time."""
-    p = [scores_slowly(m, token) for token in x]
-    sets, E, T = choose_slowly(m, p), 5, len(x)
+    p = [scores(m, token) for token in x]
+    sets, E, T = choose(m, p), 5, len(x)
     rows = []
     for token, p_t, chosen in zip(x, p, sets):
         h = torch.zeros(16, dtype=torch.float64)
         among = chosen if m.config.weigh_among == 'chosen' else range(E)
         for i in chosen:
             g = token @ (down(m, i) @ m.w_up[i] if m.config.factorised else m.w_g[i])
-            y = (g * torch.sigmoid(g) * (token @ m.w_p[i])) @ m.w_o[i]
-            h = h + p_t[i].exp() / sum(p_t[j].exp() for j in among) * y
+            y = (activation(g) * (token @ m.w_p[i])) @ m.w_o[i]
+            h = h + weigh(p_t, among, i) * y
         rows.append(h)
     f = [sum(i in chosen for chosen in sets) / T for i in range(E)]
-    q = [[a.exp() / sum(b.exp() for b in p_t) for a in p_t] for p_t in p]
-    balance = E * sum(f[i] * sum(q_t[i] for q_t in q) / T for i in range(E))
+    q = [[softmax_slowly(p_t, range(E), i) for i in range(E)] for p_t in p]
     confidence = -sum(a * a.log() for q_t in q for a in q_t) / T
-    return torch.stack(rows), m.config.aux_weight * balance + m.config.conf_weight * confidence
+    aux_loss = m.config.aux_weight * balance(p, f) + m.config.conf_weight * confidence
+    return torch.stack(rows), aux_loss
 
 
 def gradients(m, x, h, aux_loss):
@@ -121,33 +142,33 @@ def test_the_plain_layer_equals_a_loop_over_tokens_and_experts(variant, rule):
     assert_equal((h, gradients(m, x, h, routing.aux_loss)),
                  (slow_h, gradients(m, x, slow_h, slow_loss)), rtol=1e-9, atol=1e-10)
     for t, chosen in enumerate(choose_slowly(m, [scores_slowly(m, token) for token in x])):
-        assert set(routing.experts[t].tolist()) - {-1} == chosen
-        assert ((routing.experts[t] == -1) == (routing.weights[t] == 0)).all()
+        assert set(routing.chosen[t].tolist()) - {-1} == chosen
+        assert ((routing.chosen[t] == -1) == (routing.weights[t] == 0)).all()
     torch.testing.assert_close(routing.scores, torch.stack(
         [torch.stack(scores_slowly(m, token)) for token in x]).detach())
     if m.config.weigh_among == 'chosen':
-        torch.testing.assert_close(routing.weights.sum(1), (routing.experts >= 0).any(1).double())
+        torch.testing.assert_close(routing.weights.sum(1), (routing.chosen >= 0).any(1).double())
 
 
 @pytest.mark.parametrize('losses', ({}, {'aux_weight': 0.3}, {'conf_weight': 0.2}), ids=str)
 @pytest.mark.parametrize('top_k, tokens', ((1, 6), (2, 6), (2, 150), (5, 6)))   # 150: with padding
 @pytest.mark.parametrize('rule', RULES, ids=str)
 @pytest.mark.parametrize('variant', VARIANTS, ids=str)
-def test_lean_equals_plain_in_values_and_every_gradient(variant, rule, top_k, tokens, losses):
+def test_fast_equals_plain_in_values_and_every_gradient(variant, rule, top_k, tokens, losses):
     results = []
     x = torch.randn(tokens, 16, dtype=torch.float64, requires_grad=True)
     for plain in (True, False):
         m = layer(plain=plain, top_k=top_k, **variant, **rule, **losses)
         h, routing = m(x)
         results.append((h, gradients(m, x, h, routing.aux_loss), routing))
-    plain, lean = results
-    assert_equal(plain, lean, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(plain[2], lean[2])
+    plain, fast = results
+    assert_equal(plain, fast, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(plain[2], fast[2])
 
 
 @pytest.mark.parametrize('dtype, distance', ((torch.float32, 1e-5), (torch.bfloat16, 0.02)))
 @pytest.mark.parametrize('variant', VARIANTS, ids=str)
-def test_lean_equals_plain_through_the_grouped_matmul(variant, dtype, distance, monkeypatch):
+def test_fast_equals_plain_through_the_grouped_matmul(variant, dtype, distance, monkeypatch):
     if not hasattr(F, 'grouped_mm'):
         pytest.skip('this PyTorch has no F.grouped_mm')
     calls, original = [], F.grouped_mm
@@ -165,25 +186,106 @@ def test_lean_equals_plain_through_the_grouped_matmul(variant, dtype, distance, 
         assert (a - results[1][name]).norm() <= distance * a.norm(), name
 
 
-def test_parts_1_and_2_are_complete_without_part_3():
+# What a reader may edit, by the rows of the README's table: an old text of model.py, the new one, and
+# the loop with that edit. Both ways, moe and aoe, have to follow.
+def second_to_third(m, p):
+    return [set(sorted(range(5), key=lambda i: -p_t[i])[1:3]) for p_t in p]
+
+
+def above_the_mean(m, p):
+    best = choose_slowly(m, p)
+    mean = sum(p_t[i] for p_t, chosen in zip(p, best) for i in chosen) / (2 * len(p))
+    return [{i for i in chosen if p_t[i] > mean} for p_t, chosen in zip(p, best)]
+
+
+def log_sum_exp(p, f):
+    return 5 * sum(sum(a.exp() for a in p_t).log() ** 2 for p_t in p) / len(p)
+
+
+EDITS = {
+    'choose': ('p.topk(self.config.top_k).indices  ', 'p.topk(self.config.top_k + 1).indices[:, 1:]',
+               {'choose': second_to_third}),
+    'choose nobody': (
+        'return p.topk(self.config.top_k).indices  ',
+        'best = p.topk(2); return best.indices.masked_fill(best.values <= best.values.mean(), -1)',
+        {'choose': above_the_mean}),
+    'weigh': ('return w.masked_fill(I < 0, 0)', 'return p.gather(1, somebody).sigmoid()',
+              {'weigh': lambda p_t, among, i: torch.sigmoid(p_t[i])}),
+    'routing': ('self.config.aux_weight * E * (f * P).sum()',
+                'self.config.aux_weight * E * p.logsumexp(1).square().mean()',
+                {'balance': log_sum_exp}),
+    'norm': ("torch.linalg.vector_norm(C, dim=-1, dtype=", "torch.linalg.vector_norm(C, 1, -1, dtype=",
+             {'scores': lambda m, x: scores_slowly(m, x, norm=lambda C: sum(c.abs() for c in C))}),
+    'route': ('return at_least_float32(x) @ at_least_float32(self.router)',
+              'return (x @ self.router).tanh()',
+              {'scores': lambda m, x: [a.tanh() if m.config.mlp == 'moe' else a
+                                       for a in scores_slowly(m, x)]}),
+    'experts': ('F.silu(gate)', 'F.relu(gate)', {'activation': torch.relu}),
+}
+
+
+def edited(old, new):
+    """model.py with another text in one place, as a module of its own."""
     with open(os.path.join(ROOT, 'model.py'), encoding='utf-8') as file:
         text = file.read()
-    alone = {'__name__': 'alone'}
-    exec(text[:text.index('# Part 3')], alone)
-    idx = torch.randint(11, (2, 8))
-    for variant in ({'mlp': 'dense'}, *VARIANTS):
-        model = alone['GPT'](alone['GPTConfig'](**vars(small_config(**variant))))
-        model(idx, idx)[1].backward()
-        other = GPT(small_config(plain=True, **variant))
-        other.load_state_dict(model.state_dict())
-        torch.testing.assert_close(other(idx)[0], model(idx)[0])
+    assert text.count(old) == 1
+    module = types.ModuleType('edited')
+    sys.modules['edited'] = module                                 # where dataclasses look it up
+    exec(text.replace(old, new), vars(module))
+    return module
+
+
+@pytest.mark.parametrize('plain', (False, True))
+@pytest.mark.parametrize('variant', VARIANTS[:5], ids=str)
+@pytest.mark.parametrize('edit', EDITS)
+def test_an_edit_of_part_1_takes_effect(edit, variant, plain):
+    old, new, by_loop = EDITS[edit]
+    module = edited(old, new)
+    m = layer(plain=plain, mlps=module.MLPS, aux_weight=0.3, **variant)
+    x = torch.randn(60, 16, dtype=torch.float64, requires_grad=True)
+    if edit == 'experts' and not plain:                            # part 3 has its own formula
+        assert module.distance_of_both_ways(m.float()) > 0.1
+        return
+    (h, routing), (slow_h, slow_loss) = m(x), layer_slowly(m, x, **by_loop)
+    assert_equal((h, gradients(m, x, h, routing.aux_loss)),
+                 (slow_h, gradients(m, x, slow_h, slow_loss)), rtol=1e-9, atol=1e-10)
+    if edit == 'choose nobody':
+        assert 40 < (routing.chosen < 0).sum() < 80
+    if edit != 'experts':
+        assert module.distance_of_both_ways(m.float()) < 1e-3
+
+
+@pytest.mark.parametrize('where, mlp', (('route', 'moe'), ('look', 'aoe')))
+def test_random_numbers_in_what_is_computed_again_give_right_gradients(where, mlp):
+    old, new = {'route': ('x = F.silu(x @ self.router_in)\n',
+                          'x = F.silu(x @ self.router_in)\n'
+                          '        x = F.dropout(x, 0.3)\n'),
+                'look': ('        return C, norm(C)', '        C = C + torch.randn_like(C)\n'
+                         '        return C, norm(C)')}[where]
+    m = layer(mlp, mlps=edited(old, new).MLPS, aux_weight=0.3)
+    x = torch.randn(20, 16, dtype=torch.float64)
+
+    def loss():
+        torch.manual_seed(3)
+        h, routing = m(x)
+        return h.square().mean() + routing.aux_loss
+    for p in m.parameters():
+        direction = torch.randn_like(p)
+        expected = (torch.autograd.grad(loss(), p)[0] * direction).sum().item()
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                p += sign * 1e-6 * direction
+                values.append(loss().item())
+                p -= sign * 1e-6 * direction
+        assert (values[0] - values[1]) / 2e-6 == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_rows_hold_every_pair_once_in_the_part_of_its_expert():
     torch.manual_seed(0)
     I = torch.rand(300, 4).topk(2).indices.clamp(max=2)            # expert 3 of 4 gets none
     I[:, 1] = (I[:, 0] + 1) % 3
-    rows = sort_by_expert(I, 4, complete=True)
+    rows = sort_by_expert(I, 4, leave_out=False)
     ends = rows.ends.tolist()
     assert all(end % 9 == 0 for end in ends)                       # 600 pairs // 4 experts // 16
     assert ends[-1] == len(rows.token) == len(rows.expert) == 630  # (600 + 4 * 8) // 9 * 9
@@ -314,15 +416,15 @@ def test_expert_choice_lets_later_tokens_decide_over_earlier_ones_and_does_not_g
 
 def test_the_switch_is_two_questions():
     assert [small_config(mlp).factorised for mlp in ('moe', 'aoe')] == [False, True]
-    assert [GPTConfig(mlp='aoe', n_embd=D, n_head=1, factorised=False).d_low
+    assert [GPTConfig(mlp='aoe', n_embd=D, n_head=1, factorised=False).d_judge
             for D in (16, 64, 96, 192, 768)] == [8, 8, 16, 32, 128]
     for mlp, factorised in itertools.product(SPARSE, (False, True)):
         for plain in (False, True):
-            names = dict(layer(mlp, plain, factorised=factorised).named_parameters())
+            names = dict(layer(mlp, plain, factorised=factorised, d_ffn=40).named_parameters())
             gate = {'w_down', 'w_up'} if factorised else {'w_g'}
             router = {'router'} if mlp == 'moe' else set()
             assert set(names) == {'w_p', 'w_o'} | gate | router
-            assert names['w_p'].shape[2] == (small_config(mlp).d_wide if factorised else 24)
+            assert names['w_p'].shape[2] == (48 if factorised else 40)         # (Eq. 5: 44.8)
 
 
 @pytest.mark.parametrize('n_embd, d_ffn', (
@@ -428,7 +530,7 @@ def test_the_model_stacks_the_facts_of_its_layers(mlp):
         block.mlp.register_forward_hook(lambda _, args, output: found.append(output[1]))
     routing = model(torch.randint(11, (4, 8)))[2]
     assert routing.scores.shape == (2, 32, 5) and routing.aux_loss.tolist() == [0, 0]
-    assert routing.experts.shape == routing.weights.shape == (2, 32, 2)
+    assert routing.chosen.shape == routing.weights.shape == (2, 32, 2)
     for field, layers in zip(routing, zip(*found)):
         assert torch.equal(field, torch.stack(layers)) and not field.requires_grad
 
@@ -516,13 +618,13 @@ def test_scores_are_float32_under_autocast(variant, plain):
     m = layer(plain=plain, **variant).float()
     with torch.autocast('cpu', torch.bfloat16):
         h, routing = m(torch.randn(4, 16))
-    assert h.dtype == (torch.float32 if plain else torch.bfloat16)
     assert all(routing[i].dtype == torch.float32 for i in (0, 2, 3))
 
 
 def test_weights_are_a_softmax_over_the_chosen_alone():
-    w = softmax_over(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[3, 0, -1]]))
-    torch.testing.assert_close(w, torch.tensor([[1 / (1 + math.e), math.e / (1 + math.e), 0.0]]))
+    p, I = torch.tensor([[2.0, 9.0, 5.0, 1.0, 7.0]]), torch.tensor([[3, 0, -1]])
+    by_hand = [[1 / (1 + math.e), math.e / (1 + math.e), 0.0]]
+    torch.testing.assert_close(layer('moe').weigh(p, I), torch.tensor(by_hand))
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
@@ -542,7 +644,7 @@ def test_logits_with_a_past_equal_logits_without(mlp):
     model = GPT(small_config(mlp)).double()
     idx = torch.randint(11, (2, 8))
     past = [[] for _ in model.blocks]
-    ends = (0, 3, 4, 5, 6, 7, 8)
+    ends = (0, 3, 4, 6, 8)                                         # one and two tokens at a time
     parts = [model(idx[:, a:b], past=past)[0] for a, b in zip(ends, ends[1:])]
     torch.testing.assert_close(torch.cat(parts, 1), model(idx)[0], rtol=1e-10, atol=1e-12)
     with pytest.raises(ValueError, match='at most 8 tokens, got 9'):
@@ -589,8 +691,9 @@ def test_the_temperature_and_the_vocabulary_bound_are_respected():
 @pytest.mark.parametrize('changes, says', (
     ({'n_embd': 30, 'n_head': 4}, 'n_embd'), ({'top_k': 6}, 'top_k'), ({'mlp': 'mlp'}, 'mlp'),
     ({'d_low': 24}, 'd_low'), ({'n_layer': 0}, 'n_layer'), ({'dropout': 1.0}, 'dropout'),
-    ({'select': 'best'}, 'select'), ({'aux_weight': -1.0}, 'aux'),
-    ({'factorised': False, 'd_ffn': 4}, 'd_low'),
+    ({'aux_weight': -1.0}, 'aux'),
+    ({'factorised': False, 'd_ffn': 4, 'd_judge': 8}, 'd_judge'),
+    ({'factorised': False, 'd_low': 8}, 'd_low'),
 ))
 def test_a_model_that_cannot_be_is_refused(changes, says):
     with pytest.raises(ValueError, match=f'^{says}.*: expected .*, got '):

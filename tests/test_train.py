@@ -53,7 +53,6 @@ def test_three_variants_leave_logs_checkpoints_pictures_and_a_table(trained):
         assert log[0]['val_loss'] > log[1]['val_loss'] > log[2]['val_loss']
         last = log[-1]
         assert last['tokens_per_second'] > 0 and last['seconds'] > 0
-        assert torch.cuda.is_available() or last['peak_memory'] is None
         shape = (0,) if mlp == 'dense' else (2, 4)
         assert np.shape(last['load']) == shape
         assert len(last['ent_load']) == len(last['ent_conf']) == shape[0]
@@ -143,7 +142,7 @@ def test_a_named_run_joins_the_others_and_k_can_change_on_the_way(trained):
     assert len(set(losses)) == 3
     narrow = run_script('train.py', *SMALL, '--mlp=dense', '--out_dir=out/three',
                         '--eval_only=True', '--top_k=1', cwd=workspace, check=False)
-    assert 'top_k = 2 and not 1' in narrow.stderr                  # dense is as wide as K experts
+    assert 'expected weights of a model of these settings' in narrow.stderr   # K experts wide
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(workspace):
@@ -160,7 +159,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(workspace):
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and 'Traceback' not in errors
     assert printed.splitlines()[-1].endswith('--out_dir=out/stopped --init_from=resume')
-    reached = train.load_checkpoint(workspace / 'out/stopped/moe/ckpt.pt', 'cpu')['iter']
+    reached = train.load_checkpoint(workspace / 'out/stopped/moe/ckpt.pt', 'cpu')['at']['iter']
     assert reached > 0
     again = [f'--max_iters={reached + 1}' if argument.startswith('--max_iters') else argument
              for argument in command[2:]]
@@ -193,8 +192,8 @@ def test_a_config_file_may_name_runs_and_seeds(workspace):
     mean, spread = np.mean(losses[1]), np.std(losses[1], ddof=1)
     assert f'{mean:.4f} ± {spread:.4f}' in printed
     config = json.loads((workspace / 'out/two/balanced-2/config.json').read_text())
-    keys = ('name', 'mlp', 'aux_weight', 'seed')
-    assert [config[key] for key in keys] == ['balanced', 'moe', 0.01, 2]
+    assert (config['name'], config['seed'], config['iter']) == ('balanced', 2, 4)
+    assert (config['shape']['mlp'], config['shape']['aux_weight']) == ('moe', 0.01)
 
 
 def test_a_process_for_each_seed_gives_what_one_gives_and_auto_skips_what_is_done(workspace):
