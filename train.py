@@ -138,7 +138,7 @@ def plan_runs(from_file, from_line):
         expect_once('mlp', mlps)
         runs, from_line = {mlp: {'mlp': mlp} for mlp in mlps}, {}
     if not runs or name is not None and len(runs) > 1:
-        raise UserError(f'runs: expected one at least, and one alone with a name, got {len(runs)}')
+        raise UserError(f'runs: expected one at least, and one alone with --name, got {len(runs)}')
     if name is not None:
         runs = {name: next(iter(runs.values()))}
     expect_once('seeds', seeds or ())
@@ -887,7 +887,7 @@ def print_table(out_dir):
     print_rows(table)
     experts = sorted({seeds[0][0]['shape']['n_expert'] for seeds in runs.values()})
     at_most = ', '.join(f'{math.log(E):.3f} of {E} experts' for E in experts)
-    print(f'\nval loss: the lowest; Ent_load: at most ln E, {at_most}; pictures in {out_dir}')
+    print(f'\nval loss: the lowest; Ent_load: at most ln E, {at_most}\npictures in {out_dir}')
     write_text(os.path.join(out_dir, 'results.jsonl'),
                ''.join(json.dumps(result) + '\n' for result in results))
 

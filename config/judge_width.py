@@ -1,5 +1,5 @@
 """
-How wide should a judge be? An expert with a whole gate judges by the first d_low
+How wide should a judge be? An expert with a whole gate judges by the first d_judge
 neurons of it: from 4 (D/24) to 64 (2 D/3). As in two_questions.py, with L_aux:
 
     python train.py config/paper_table2.py config/judge_width.py --seeds=1,3,5
@@ -12,4 +12,4 @@ aux_weight = 0.01
 seeds = [1, 2, 3, 4, 5]
 runs = {'moe': {'mlp': 'moe'}}
 for _width in (4, 8, 16, 32, 64):
-    runs[f'aoe whole {_width}'] = {'mlp': 'aoe', 'd_low': _width}
+    runs[f'aoe whole {_width}'] = {'mlp': 'aoe', 'd_judge': _width}

@@ -34,7 +34,7 @@ sys.path.insert(0, ROOT)
 
 import configurator
 from configurator import UserError, build, expect, parse, read_config_file, write_text
-from model import GPT, MLPS, GPTConfig, Routing
+from model import GPT, MLPS, GPTConfig
 from train import (TrainConfig, choose_device, keep_freed_memory, make_optimizer, model_config,
                    plan_runs, print_rows)
 
@@ -147,6 +147,13 @@ def bytes_kept(layer, x):
     return sum(storage.nbytes() for storage in kept.values())
 
 
+def show(title, results, *columns):
+    """Print results as a table with a row for each side. A column: its heading, key and format."""
+    print(f'\n{title}')
+    print_rows([('', *(heading for heading, _, _ in columns))] + [
+        (row['side'], *(format(row[key], form) for _, key, form in columns)) for row in results])
+
+
 # -----------------------------------------------------------------------------
 # an MLP alone
 
@@ -169,84 +176,46 @@ def make_input(shape, tokens, bench, device, turn):
 
 
 def forward_and_backward(layer):
-    """A function of x that does both, of the loss that L_aux is part of."""
+    """A function of x that does both, with all that has a gradient in a model: x, h and L_aux."""
     def function(x):
         h, routing = layer(x)
-        aux_loss = routing.aux_loss if isinstance(routing, Routing) else 0
-        (h.sum() + aux_loss).backward()
+        (h.sum() + (routing.aux_loss if routing else 0)).backward()
         layer.zero_grad(set_to_none=True)
         x.grad = None
     return function
 
 
-class Mixtral(torch.nn.Module):
-    """Hugging Face's Mixtral block, in one of its implementations, with the weights of moe."""
-
-    def __init__(self, moe, implementation):
-        from transformers import MixtralConfig
-        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-        super().__init__()
-        c = moe.config
-        self.block = MixtralSparseMoeBlock(MixtralConfig(
-            hidden_size=c.n_embd, intermediate_size=c.d_ffn, num_local_experts=c.n_expert,
-            num_experts_per_tok=c.top_k, experts_implementation=implementation)).to(moe.w_p)
-        with torch.no_grad():
-            self.block.gate.weight.copy_(moe.router.T)
-            self.block.experts.gate_up_proj.copy_(torch.cat([moe.w_g, moe.w_p], 2).mT)
-            self.block.experts.down_proj.copy_(moe.w_o.mT)
-
-    def forward(self, x):
-        h = self.block(x[None])
-        return (h[0] if isinstance(h, tuple) else h).view_as(x), None
-
-
-def mixtral_layers(moe, tokens):
-    """Name -> Mixtral of each implementation. Empty without transformers."""
-    settings = ['eager', 'batched_mm', 'grouped_mm']
-    if tokens * moe.w_p[0].numel() > 2**28:                        # it copies weights for each pair
-        settings.remove('batched_mm')
-    try:
-        return {f'mixtral {setting}': Mixtral(moe, setting) for setting in settings}
-    except ImportError:
-        print('  (transformers is not installed: its Mixtral block is not measured)')
-        return {}
-
-
-def compare(part, label, layers, bench, device):
-    """Time layers, count what they execute and keep; print it beside dense's and moe's."""
+def compare(part, title, label, configs, bench, device):
+    """Time layers, and count what they execute and keep, beside dense and moe."""
     shape, tokens = LAYERS[label]
-    x = make_input(shape, tokens, bench, device, 0)
+    layers = {name: make_layer(config, bench, device) for name, config in configs.items()}
     sides = {name: forward_and_backward(layer) for name, layer in layers.items()}
     seconds = alternate(sides, bench, lambda turn: make_input(shape, tokens, bench, device, turn))
+    x = make_input(shape, tokens, bench, device, 0)
     executed = {name: multiply_adds(function, x) for name, function in sides.items()}
-    results, rows = [], [('', 'ms', 'of dense', 'predicted', 'of moe', 'predicted', 'KiB/token')]
-    for name, layer in layers.items():
-        row = {'part': part, 'shape': label, 'side': name,
-               'ms': 1e3 * statistics.median(seconds[name]),
-               'kib_per_token': bytes_kept(layer, x) / tokens / 1024}
-        for base in ('dense', 'moe'):
-            row[f'of_{base}'] = ratio(seconds[name], seconds[base])
-            row[f'predicted_of_{base}'] = executed[base] / executed[name]
-        results.append(row)
-        rows.append((name, *(f'{row[key]:.2f}' for key in (
-            'ms', 'of_dense', 'predicted_of_dense', 'of_moe', 'predicted_of_moe')),
-            f'{row["kib_per_token"]:.1f}'))
-    print_rows(rows)
+    results = [{
+        'part': part, 'shape': label, 'side': name, 'ms': 1e3 * statistics.median(seconds[name]),
+        'of_dense': ratio(seconds[name], seconds['dense']),
+        'predicted_of_dense': executed['dense'] / executed[name],
+        'of_moe': ratio(seconds[name], seconds['moe']),
+        'predicted_of_moe': executed['moe'] / executed[name],
+        'kib_per_token': bytes_kept(layer, x) / tokens / 1024} for name, layer in layers.items()]
+    show(title, results, ('ms', 'ms', '.2f'), ('of dense', 'of_dense', '.2f'),
+         ('predicted', 'predicted_of_dense', '.2f'), ('of moe', 'of_moe', '.2f'),
+         ('predicted', 'predicted_of_moe', '.2f'), ('KiB/token', 'kib_per_token', '.1f'))
     return results
 
 
 def bench_layer(bench, device, _):
-    """An MLP alone, forward and backward."""
+    """An MLP alone, forward and backward; predicted: by the multiply-adds that it executes."""
     results = []
     for label in bench.shapes.split(','):
         shape, tokens = LAYERS[label]
-        layers = {side: make_layer(layer_config(side, shape, bench), bench, device)
-                  for side in SIDES}
-        c, whole = layers['aoe'].config, layers['aoe whole'].config
-        print(f'\nlayer, {label}: D {c.n_embd}, d_ffn {c.d_ffn}, d_low {c.d_low} (whole: d_judge '
-              f'{whole.d_judge}), E {c.n_expert}, K {c.top_k}, {tokens:,} tokens')
-        layers |= mixtral_layers(layers['moe'], tokens)
-        results += compare('layer', label, layers, bench, device)
+        configs = {side: layer_config(side, shape, bench) for side in SIDES}
+        c = configs['aoe']
+        title = (f'layer, {label}: D {c.n_embd}, d_ffn {c.d_ffn}, d_low {c.d_low} (whole: d_judge '
+                 f'{configs["aoe whole"].d_judge}), E {c.n_expert}, K {c.top_k}, {tokens:,} tokens')
+        results += compare('layer', title, label, configs, bench, device)
     return results
 
 
@@ -261,24 +230,23 @@ def bench_cost(bench, device, _):
         for part in parts:
             width = max(8, 8 * round(shape['n_embd'] / part / 8))
             configs[f'{side} {width}'] = replace(layer_config(side, shape, bench), **{key: width})
-    layers = {name: make_layer(config, bench, device) for name, config in configs.items()}
-    print(f'\ncost over d_low (whole: d_judge), {label}, aux_weight {bench.aux_weight:g}')
-    return compare('cost', label, layers, bench, device)
+    title = f'cost over d_low (whole: d_judge), {label}, aux_weight {bench.aux_weight:g}'
+    return compare('cost', title, label, configs, bench, device)
 
 
 def bench_memory(bench, device, _):
     """What a layer keeps for backward: exact, and the same on any machine."""
-    results, rows = [], [('KiB per token and layer', *SIDES)]
-    for label in bench.shapes.split(','):
-        shape, tokens = LAYERS[label]
-        for side in SIDES:
+    results, labels = [], bench.shapes.split(',')
+    for side in SIDES:
+        row = {'part': 'memory', 'side': side}
+        for label in labels:
+            shape, tokens = LAYERS[label]
             layer = make_layer(layer_config(side, shape, bench), bench, device)
-            kept = bytes_kept(layer, make_input(shape, tokens, bench, device, 0))
-            results.append({'part': 'memory', 'shape': label, 'side': side,
-                            'kib_per_token': kept / tokens / 1024})
-        rows.append((label, *(f'{row["kib_per_token"]:.1f}' for row in results[-len(SIDES):])))
-    print(f'\nkept for backward by the MLP, {bench.dtype}')
-    print_rows(rows)
+            x = make_input(shape, tokens, bench, device, 0)
+            row[label] = bytes_kept(layer, x) / tokens / 1024
+        results.append(row)
+    show(f'KiB per token that a layer keeps for backward, {bench.dtype}', results,
+         *((label, label, '.1f') for label in labels))
     return results
 
 
@@ -286,7 +254,7 @@ def bench_memory(bench, device, _):
 # a training step
 
 def make_step(config, device, compile=False):
-    """A new model, and a function of tokens (B, S) that trains it by a step, as train.py does. That
+    """A new model, and a function that trains it by a step on tokens (B, S), as train.py does; it
     calls mark(phase) where a phase begins."""
     torch.manual_seed(config.seed)
     with device:
@@ -312,47 +280,47 @@ def bench_step(bench, device, _):
     """A training step of the whole model, on the bytes of model.py."""
     with open(os.path.join(ROOT, 'model.py'), 'rb') as file:
         text = torch.tensor(list(file.read()), device=device)
+    keys = {'vocab_size': 256, 'dtype': bench.dtype, 'seed': bench.seed, 'plain': bench.plain,
+            'aux_weight': bench.aux_weight, 'runs': SIDES}
     results = []
-    for label in set(bench.shapes.split(',')) & set(MODELS):
-        shape = MODELS[label]
-        size = shape['batch_size'], shape['block_size']
+    for label in filter(MODELS.__contains__, bench.shapes.split(',')):
+        configs = {c.name: c for c in plan_runs(keys | MODELS[label], {})}
+        c = configs['aoe']
 
-        def batch(turn, size=size):
+        def batch(turn, c=c):
             generator = torch.Generator().manual_seed(bench.seed + turn)
-            starts = torch.randint(len(text) - size[1], (size[0], 1), generator=generator)
-            return text[(starts + torch.arange(size[1])).to(device)]
-        configs = plan_runs({'vocab_size': 256, 'dtype': bench.dtype, 'seed': bench.seed, 'plain':
-                             bench.plain, 'aux_weight': bench.aux_weight, 'runs': SIDES} | shape, {})
-        sides = {c.name: make_step(c, device, bench.compile)[1] for c in configs}
-        seconds = alternate(sides, bench, batch)
-        print(f'\ntraining step, {label}: {shape["n_layer"]} layers, D {shape["n_embd"]}, d_ffn '
-              f'{shape["d_ffn"]}, {size[0]} x {size[1]} tokens')
-        rows = [('', 'tokens/s', 'of dense', 'of moe')]
-        for name in sides:
-            row = {'part': 'step', 'shape': label, 'side': name,
-                   'tokens_per_second': size[0] * size[1] / statistics.median(seconds[name]),
-                   **{f'of_{base}': ratio(seconds[name], seconds[base]) for base in ('dense', 'moe')}}
-            results.append(row)
-            rows.append((name, f'{row["tokens_per_second"]:,.0f}', f'{row["of_dense"]:.2f}',
-                         f'{row["of_moe"]:.2f}'))
-        print_rows(rows)
+            last = len(text) - c.block_size
+            starts = torch.randint(last, (c.batch_size, 1), generator=generator)
+            return text[(starts + torch.arange(c.block_size)).to(device)]
+        steps = {name: make_step(c, device, bench.compile)[1] for name, c in configs.items()}
+        seconds = alternate(steps, bench, batch)
+        rows = [{'part': 'step', 'shape': label, 'side': name,
+                 'tokens_per_second': c.batch_size * c.block_size / statistics.median(times),
+                 'of_dense': ratio(times, seconds['dense']), 'of_moe': ratio(times, seconds['moe'])}
+                for name, times in seconds.items()]
+        show(f'training step, {label}: {c.n_layer} layers, D {c.n_embd}, d_ffn {c.d_ffn}, '
+             f'{c.batch_size} x {c.block_size} tokens', rows,
+             ('tokens/s', 'tokens_per_second', ',.0f'), ('of dense', 'of_dense', '.2f'),
+             ('of moe', 'of_moe', '.2f'))
+        results += rows
     return results
 
 
 def peak_of_step(config):
-    """(bytes, phase): the most that a training step holds at once, weights and AdamW's averages
-    among it, and in which phase that is. In the second step: the first makes the averages."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    """(bytes, phase): the most that a training step holds at once, with the weights and AdamW's
+    averages, and in which phase; of the second step, since the first makes the averages."""
+    from torch._subclasses.fake_tensor import FakeTensorMode       # here: they are no public parts
     from torch.distributed._tools.mem_tracker import MemTracker
-    device, peak, where, now = torch.device('cpu'), 0, None, None
-    with FakeTensorMode(), MemTracker() as tracker:
-        def mark(phase):                                           # what ends here was `now`
-            nonlocal peak, where, now
-            held = tracker.get_tracker_snapshot('peak')[device]['Total']
-            if held > peak:
-                peak, where = held, now
-            now = phase
+    device, peak, where, phase = torch.device('cpu'), 0, None, None
 
+    def mark(begins):
+        nonlocal peak, where, phase
+        held = tracker.get_tracker_snapshot('peak')[device]['Total']
+        if held > peak:                                            # the phase that ends raised it
+            peak, where = held, phase
+        phase = begins
+
+    with FakeTensorMode(), MemTracker() as tracker:
         model, step = make_step(config, device)
         idx = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64)
         step(idx)
@@ -364,24 +332,25 @@ def peak_of_step(config):
 
 
 def bench_fake(bench, _, files):
-    """The most memory that a training step needs, on tensors without numbers: in some seconds, of
-    models that do not fit this machine. (Below 256 positions a CPU's attention is in float32.)"""
+    """The most memory that a training step needs, on tensors without numbers: in seconds, and of
+    models that do not fit this machine. (A CPU's attention is in float32 below 256 positions.)"""
     if not hasattr(F, 'grouped_mm'):     # a loop over experts has to know how many rows each has
         raise UserError(f'fake: expected a PyTorch with grouped_mm, got {torch.__version__}')
     values = {'vocab_size': 84}
     for file in files or [os.path.join(ROOT, 'config', 'openwebtext.py')]:
         values |= read_config_file(TrainConfig, file)
-    runs = {side: {'factorised': None, **SIDES[side]} for side in ('moe', 'aoe', 'aoe whole', 'dense')}
+    runs = {side: {'factorised': None, **SIDES[side]} for side in SIDES}
     values |= {'runs': runs, 'name': None, 'seeds': None, 'dtype': bench.dtype}
-    results, rows = [], [('', 'GiB', 'of moe', 'where')]
+    results = []
     for c in plan_runs(values, {}):
         peak, where = peak_of_step(c)
-        results.append({'part': 'fake', 'side': c.name, 'peak': peak, 'where': where})
-        rows.append((c.name, f'{peak / 2**30:.2f}', f'{peak / results[0]["peak"]:.2f}', where))
-    print(f'\npeak of a training step: {c.n_layer} layers, D {c.n_embd}, d_ffn {c.d_ffn}, E '
-          f'{c.n_expert}, vocabulary {c.vocab_size:,}, {c.batch_size} x {c.block_size} tokens, '
-          f'{c.dtype}, aux_weight {c.aux_weight:g}')
-    print_rows(rows)
+        results.append({'part': 'fake', 'side': c.name, 'gib': peak / 2**30, 'where': where})
+    for row in results:
+        row['of_moe'] = row['gib'] / results[list(SIDES).index('moe')]['gib']
+    show(f'peak of a training step: {c.n_layer} layers, D {c.n_embd}, d_ffn {c.d_ffn}, E '
+         f'{c.n_expert}, vocabulary {c.vocab_size:,}, {c.batch_size} x {c.block_size} tokens, '
+         f'{c.dtype}, aux_weight {c.aux_weight:g}', results,
+         ('GiB', 'gib', '.2f'), ('of moe', 'of_moe', '.2f'), ('where', 'where', ''))
     return results
 
 

@@ -17,20 +17,21 @@ from conftest import SMALL, run_script
 MODEL = 'out/spoilt/aoe'
 
 MISTAKES = {prepare_data: (
-    (['shakespear'], 'expected shakespeare, tinyshakespeare, openwebtext or a text file'),
-    (['nothing.txt'], "got 'nothing.txt': No such file or directory"),
-    ([''], 'expected one corpus, or files and a --name=, got 1: '),
-    (['data'], 'data: expected a folder with .txt or .jsonl files, got one without'),
+    (['shakespear'], 'expected shakespeare, tinyshakespeare, openwebtext or a text in UTF-8'),
+    (['nothing.txt'], "got 'nothing.txt': [Errno 2] No such file or directory"),
+    ([''], "got '': [Errno 2] No such file or directory"),
+    (['data'], 'expected at least two tokens, got 0; of a folder, only .txt and .jsonl files are'),
     (['lines.jsonl', '--field=body'],
-     "lines.jsonl, line 2: expected a JSON object with a text under 'body', got '{}'"),
+     "lines.jsonl, line 2: expected JSON with a text under 'body', got '{}"),
     (['code.txt', '--max_docs=0'], 'max_docs: expected a positive number, got 0'),
-    (['empty.txt'], 'expected a text of at least two tokens, got 0'),
-    (['one.txt'], 'expected a text of at least two tokens, got 1'),
-    (['binary.txt'], 'it is no UTF-8 text'),
+    (['empty.txt'], 'expected at least two tokens, got 0'),
+    (['one.txt'], 'expected at least two tokens, got 1'),
+    (['binary.txt'], "or a text in UTF-8, got 'binary.txt': 'utf-8' codec can't decode"),
     (['many.txt'], 'expected at most 65,536 distinct characters, got 75,039; use'),
-    (['code.txt', 'one.txt'], 'expected one corpus, or files and a --name=, got 2: code.txt one'),
-    (['greek.txt', '--name=code'], 'another text; choose another --name='),
-    (['code.txt', '--name=code', '--tokenizer=gpt2'], 'as gpt2, got code.txt as char'),
+    (['code.txt', 'one.txt'], 'or files, several with a --name=, got 2: code.txt one.txt'),
+    (['greek.txt', '--name=code'], 'another text or tokenizer there, code.txt as char; choose'),
+    (['code.txt', '--name=code', '--tokenizer=gpt2'],
+     'expected code.txt as gpt2, got another text or tokenizer there, code.txt as char; choose'),
     (['code.txt', '--name='], "name: expected the name of a folder in data_dir, got ''"),
     (['code.txt', '--name=..'], "name: expected the name of a folder in data_dir, got '..'"),
     (['code.txt', '--name=a/b'], "name: expected the name of a folder in data_dir, got 'a/b'"),
@@ -38,10 +39,10 @@ MISTAKES = {prepare_data: (
     (['code.txt', '--tokenizer=word'], "--tokenizer: expected char or gpt2, got 'word'"),
     (['code.txt', '--tokeniser=gpt2'], '--tokeniser: no such key; did you mean tokenizer?'),
     (['tinyshakespeare', '--input=code.txt'], 'tinyshakespeare: expected sha256 86c4e6aa'),
-    (['tinyshakespeare', '--input=nothing.txt'], "got 'nothing.txt': No such file or directory"),
-    (['one.txt', '--input=code.txt'], "input: expected shakespeare or tinyshakespeare with it"),
-    (['openwebtext', '--input=code.txt'], "of which it is a copy, got 'openwebtext'; leave out"),
-    (['numbers.jsonl'], "line 1: expected a JSON object with a text under 'text', got '{"),
+    (['tinyshakespeare', '--input=nothing.txt'], "No such file or directory: 'nothing.txt'"),
+    (['one.txt', '--input=code.txt'], 'expected one corpus, --input= for a copy of it, or files'),
+    (['openwebtext', '--input=code.txt'], 'a copy of it, or files, several with a --name=, got 1'),
+    (['numbers.jsonl'], "line 1: expected JSON with a text under 'text', got '{"),
 ), train: (
     (['--dataset=nothing'], 'got no meta.json there; run `python prepare_data.py FILE` first'),
     (['--dataset=shakespeare_gpt2'], 'run `python prepare_data.py shakespeare --tokenizer=gpt2`'),
@@ -51,7 +52,7 @@ MISTAKES = {prepare_data: (
     (['--dataset=foreign'], 'train.bin of foreign: expected tokens below vocab_size ='),
     (['--dataset=no_json'], 'data/no_json/meta.json: expected what prepare_data.py writes, got'),
     (['--dataset=no_size'], "expected what prepare_data.py writes, got vocab_size = 'many'"),
-    (['--dataset=no_words'], "got vocab_size = 3 for the tokenizer 'char'"),
+    (['--dataset=no_words'], "got vocab_size = 3 and not"),
     (['--dataset=short'], 'expected more than block_size = 16 tokens, got 5; lower it or'),
     (['--block_size=9999999'], 'expected more than block_size = 9999999 tokens'),
     (['--block_size=0'], 'block_size: expected a positive number, got 0'),
@@ -68,7 +69,7 @@ MISTAKES = {prepare_data: (
     (['--mlp=mix'], "mlp: expected one of aoe, moe, dense, got 'mix'"),
     (['--mlp=aoe,'], "mlp: expected one of aoe, moe, dense, got ''"),
     (['--router=big'], "router: expected linear or large, got 'big'"),
-    (['--select=best'], 'select: expected top_k, top_p or expert_choice'),
+    (['--select=best'], '--select: expected top_k or top_p or expert_choice'),
     (['--top_p=1.1'], 'top_p: expected more than 0 and at most 1, got 1.1'),
     (['--capacity_factor=0'], 'capacity_factor: expected more than 0, got 0.0'),
     (['--aux_weight=nan'], "--aux_weight: expected float, got 'nan'"),
@@ -98,25 +99,31 @@ MISTAKES = {prepare_data: (
     (['--init_from=gpt2'], "--init_from: expected scratch or resume or auto, got 'gpt2'"),
     (['--init_from=resume'], 'out/new/aoe/ckpt.pt: expected a checkpoint to go on from'),
     (['--init_from=resume', '--out_dir=out/damaged'],
-     'out/damaged/aoe/ckpt.pt: expected a checkpoint of train.py'),
+     'out/damaged/aoe/ckpt.pt: expected a checkpoint of this train.py'),
     (['--init_from=resume', '--out_dir=out/spoilt'],
-     'out/spoilt/aoe/ckpt.pt: expected a checkpoint of train.py'),
+     'out/spoilt/aoe/ckpt.pt: expected a checkpoint of this train.py'),
     (['--init_from=resume', '--out_dir=out/no_log'],
      'out/no_log/aoe/log.jsonl: expected an evaluation a line'),
     (['--init_from=resume', '--out_dir=out/trained', '--dataset=greek'],
-     'expected the vocabulary of greek'),
+     'expected what it was trained with, vocab_size = '),
     (['--init_from=resume', '--out_dir=out/trained', '--n_layer=3'], 'n_layer = 2 and not 3'),
     (['--eval_only=True'], 'out/new/aoe/ckpt.pt: expected a checkpoint to go on from'),
-    (['--runs={}'], 'runs: expected at least one run, got none'),
+    (['--runs={}'], 'runs: expected one at least, and one alone with --name, got 0'),
+    (['--mlp=moe,moe'], 'mlp: expected each once, got moe twice'),
+    (['--seeds=1,2,1'], 'seeds: expected each once, got 1 twice'),
+    (['--seeds=1', '--seed=2'], 'seed: expected --seed or seeds, got both'),
     (["--runs={'a': {'n_layr': 2}}"], 'runs, a: n_layr: no such key; did you mean n_layer?'),
     (["--runs={'a': {'n_layer': 2}}"],
      'runs, a: expected keys of one run, got n_layer, which all share'),
     (["--runs={'a': {'seed': 2}}"], 'runs, a: expected keys of one run, got seed, which all share'),
     (["--runs={'a': 2}"], 'runs, a: expected a dict of keys, got 2'),
-    (["--runs={1: {}}"], "name: expected the name of a folder in out_dir, got 1"),
-    (["--runs={'../a': {}}"], "name: expected the name of a folder in out_dir, got '../a'"),
-    (['--name=x', '--mlp=aoe,moe'], 'name: expected one run with it, got several; give one --mlp='),
-    (['--name=a/b'], "name: expected the name of a folder in out_dir, got 'a/b'"),
+    (["--runs={1: {}}"], "name: expected the name of a folder in out_dir, without $ and no _ first, got 1"),
+    (["--runs={'../a': {}}"], "no _ first, got '../a'"),
+    (['--name=x', '--mlp=aoe,moe'], 'and one alone with --name, got 2'),
+    (['--name=results.jsonl'], "name: expected the name of a folder in out_dir, without $ and no _"),
+    (['--name=_x'], "without $ and no _ first, got '_x'"),
+    (['--init_from=auto', '--out_dir=out/no_ckpt'], 'expected its ckpt.pt to go on from, got a run'),
+    (['--name=a/b'], "no _ first, got 'a/b'"),
     (['config/none.py'], "expected a config file such as config/shakespeare_cpu.py"),
     (['binary.txt'], "got 'binary.txt': there is no such .py file"),
     (['binary.py'], 'binary.py, line 1: expected it to run, got '),
@@ -129,8 +136,8 @@ MISTAKES = {prepare_data: (
     (['out/trained/aoe', 'out/trained/moe'],
      'expected the folder of one run, such as out/shakespeare_cpu/aoe, got 2'),
     (['out/none'], 'got no file out/none/best.pt'),
-    (['out/damaged/aoe'], 'out/damaged/aoe/best.pt: expected a checkpoint of train.py'),
-    ([MODEL], 'best.pt: expected weights of the shapes in its own configuration'),
+    (['out/damaged/aoe'], 'out/damaged/aoe/best.pt: expected a checkpoint of this train.py'),
+    ([MODEL], 'best.pt: expected weights of '),
     (['out/trained/aoe', '--prompt=Ж'], "got 'Ж'"),
     (['out/trained/aoe', '--prompt='], 'prompt: expected at least one character'),
     (['out/trained/aoe', '--temperature=-1'], 'temperature: expected 0, or 0.001 or more, got -1'),
@@ -142,7 +149,7 @@ MISTAKES = {prepare_data: (
     (['out/trained/aoe', '--top_k=3'], '--top_k: no such key; did you mean vocab_top_k?'),
     (['out/trained/aoe', '--device=tpu'], 'device: expected auto or one of'),
 ), bench: (
-    (['--only=everything'], "only: expected some of layer, step, memory, cost, got"),
+    (['--only=everything'], "only: expected some of layer, step, memory, cost, fake, got"),
     (['--rounds=0'], 'rounds: expected a positive number, got 0'),
     (['--warmup=x'], "--warmup: expected int, got 'x'"),
 )}
@@ -185,13 +192,14 @@ def spoilt(workspace):
                 with open(f'data/{name}/{file}', 'wb') as written:
                     written.write(content)
         run_script('train.py', *SMALL, '--max_iters=1', '--out_dir=out/trained', cwd=workspace)
-        for name in ('damaged', 'spoilt', 'no_log'):
+        for name in ('damaged', 'spoilt', 'no_log', 'no_ckpt'):
             shutil.copytree('out/trained', f'out/{name}')
         for file in ('ckpt.pt', 'best.pt'):
             os.truncate(f'out/damaged/aoe/{file}', 1000)
         shutil.copy('out/trained/aoe/best.pt', f'{MODEL}/ckpt.pt')
         best = torch.load(f'{MODEL}/best.pt', weights_only=True)
-        torch.save(best | {'config': best['config'] | {'n_embd': 64}}, f'{MODEL}/best.pt')
+        torch.save(best | {'shape': best['shape'] | {'n_embd': 64}}, f'{MODEL}/best.pt')
+        os.remove('out/no_ckpt/aoe/ckpt.pt')
         with open('out/no_log/aoe/log.jsonl', 'w', encoding='utf-8') as file:
             file.write('what?\n')
     return workspace
