@@ -131,25 +131,21 @@ def check_type(cls, key, value, where='--'):
         value = os.path.expanduser(value)
     is_literal = typing.get_origin(expected) is typing.Literal
     for option in options:
-        if type(value) is option:
+        same = type(value) is type(option) and value == option
+        if type(value) is option or is_literal and same:
             return value
-        if is_literal and type(value) is type(option) and value == option:
-            return value
-        if option is float and type(value) is int:
+        if option is float and type(value) is int and abs(value) < 1e308:
             return float(value)
-        if option is tuple and type(value) is int:
-            return (value,)
-        if option is tuple and type(value) in (list, range):
-            return tuple(value)
+        if option is tuple and type(value) in (int, list, range):
+            return (value,) if type(value) is int else tuple(value)
     raise UserError(f'{where}{key}: expected {type_name(expected)}, got {value!r}')
 
 
 def type_name(annotation):
     """An annotation as a reader would say it: 'int or None'."""
     options = typing.get_args(annotation) or (annotation,)
-    names = {types.NoneType: 'None'}
-    return ' or '.join(names.get(option, getattr(option, '__name__', str(option)))
-                       for option in options)
+    names = [getattr(option, '__name__', str(option)) for option in options]
+    return ' or '.join(names).replace('NoneType', 'None')
 
 
 def read_config_file(cls, path):
@@ -166,6 +162,12 @@ def read_config_file(cls, path):
         line = lines[-1] if lines else getattr(error, 'lineno', None) or 1     # of a SyntaxError
         got = textwrap.shorten(f'{type(error).__name__}: {error}', 100)
         raise UserError(f'{path}, line {line}: expected it to run, got {got}') from None
+    with open(path, 'rb') as file:
+        dicts = [node for node in ast.walk(ast.parse(file.read())) if isinstance(node, ast.Dict)]
+    for node in dicts:                   # Python would keep the last of two equal keys
+        keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+        if len(set(keys)) < len(keys):
+            raise UserError(f'{path}, line {node.lineno}: expected each key once, got {keys}')
     return {key: check_type(cls, key, value, f'{path}: ') for key, value in names.items()
             if not key.startswith('_')}
 

@@ -8,7 +8,7 @@ A small GPT whose MLP is one of three, and nothing else changes:
 
 Four parts, to be read in this order:
 
-    1. the three MLPs, as the paper writes them        all of AoE is here, and all of it runs
+    1. the three MLPs, as the paper writes them        all of AoE is here, and is what runs
     2. the GPT around them                             RMSNorm, rotary positions, no biases
     3. all experts at once                             SparseMLP.experts, faster; skip it at first
     4. the configuration's defaults and refusals
@@ -42,11 +42,11 @@ class GPTConfig:
     n_head: int = 4                      # attention heads per block
     n_embd: int = 128                    # width of the residual stream, D
     dropout: float = 0.0                 # probability of dropping an activation in training
-    mlp: str = 'aoe'                     # aoe, moe or dense; several, with commas: trained in turn
+    mlp: str = 'aoe'                     # aoe, moe or dense; for train.py several, with commas
     factorised: bool | None = None       # the gate is Wdown Wup, not Wg; None: the paper's, of aoe
     n_expert: int = 8                    # experts per layer, E
     top_k: int = 2                       # experts that handle a token, K
-    d_ffn: int | None = None             # hidden width of a moe expert; None: 4 n_embd
+    d_ffn: int | None = None             # hidden width of a moe expert; None: 4 D
     d_low: int | None = None             # inner width of a factorised gate; None: about D / 3
     d_judge: int | None = None           # neurons by which aoe judges if the gate is whole: D / 6
     aux_weight: float = 0.0              # weight of the balancing loss, a of Eq. 2; paper: 0.01
@@ -76,6 +76,11 @@ def equation_5(D, d_ffn, d_low):
 
 # -----------------------------------------------------------------------------
 # Part 1: the three MLPs. Each takes T tokens x (T, D); gives h (T, D), and what its experts did.
+
+# recomputed(f, x) is f(x), of which nothing is kept for backward, which calls f again instead, with
+# the same random numbers. So a counter in f would count twice.
+recomputed = partial(checkpoint, use_reentrant=False)
+
 
 class Routing(NamedTuple):
     """What the experts did with T tokens. The GPT stacks its layers: (L, T, E) and so on."""
@@ -139,20 +144,21 @@ class SparseMLP(nn.Module):
     def weigh(self, p, I):
         """w (T, K), by the scores p (T, E); 0 for nobody."""
         somebody = I.clamp(min=0)
-        w = p.gather(1, somebody).masked_fill(I < 0, -1e30).softmax(-1)        # softmax(p[I])
         if self.config.weigh_among == 'all':
             w = p.softmax(-1).gather(1, somebody)
+        else:
+            w = p.gather(1, somebody).masked_fill(I < 0, -1e30).softmax(-1)    # softmax(p[I])
         return w.masked_fill(I < 0, 0)
 
     def experts(self, x, I, w, C=None):
         """h = sum over i in I of w_i (SiLU(gate_i) * (x Wp_i)) Wo_i, one expert after the other.
 
-        C (T, E, d_low): every x Wdown_i, where an expert has looked already.
+        C (T, E, d_low): every x Wdown_i, where the experts have looked; a whole gate needs none.
         """
         if self.config.factorised and C is None:                   # a router chose: look now
             C = recomputed(self.look_through, self.w_down, x)
         if not self.config.plain:
-            return all_at_once(self, x, I, w, C)                   # the same, faster: part 3
+            return all_at_once(self, x, I, w, C)                   # by default, the same faster
         h = torch.zeros_like(x)
         for i in range(self.config.n_expert):
             t, k = (I == i).nonzero(as_tuple=True)                 # the tokens that chose expert i
@@ -162,7 +168,7 @@ class SparseMLP(nn.Module):
         return h                                                   # (T, D)
 
     def look_through(self, w_down, x):
-        """C (T, E, d_low): what every expert finds in x through its columns of w_down."""
+        """x w_down (D, E d_low) as C (T, E, d_low): what every expert finds in x."""
         return (x @ w_down).view(len(x), self.config.n_expert, -1)
 
     def routing(self, p, I, w):
@@ -219,7 +225,8 @@ class MoE(SparseMLP):
 
 class AoE(SparseMLP):
     """Autonomy of experts, Algorithm 2. No router: every expert takes the first step of its gate,
-    and the norm of what it finds is its score. The chosen go on from what they found."""
+    and the norm of what it finds is its score. The chosen go on from what they found; where the
+    gate is whole, that is only d_judge of its neurons, and they begin again."""
 
     def forward(self, x):                                          # (T, D)
         C, p = recomputed(self.look, x)                            # (T, E, d_low), (T, E)
@@ -242,11 +249,6 @@ class AoE(SparseMLP):
 
     def scoring_parameters(self):
         return self.down().numel()                                 # all experts look at every token
-
-
-# Call a function and keep nothing of it but its arguments: backward calls it again, with the same
-# random numbers. So what it changes besides, a counter of its own, it would change twice.
-recomputed = partial(checkpoint, use_reentrant=False)
 
 
 def norm(C):
@@ -493,7 +495,8 @@ def sort_by_expert(I, E, leave_out):
     load = count(I, E)                                             # (E,)
     pairs = int(load.sum()) if leave_out else T * K
     multiple = max(1, min(16, pairs // E // 16))
-    P = (pairs + E * (multiple - 1)) // multiple * multiple + 1 * leave_out
+    P = (pairs + E * (multiple - 1)) // multiple * multiple
+    P = P + 1 if leave_out else P                                  # one more, for nobody
     padding = -load % multiple                                     # (E,)
     expert, pair = I.masked_fill(I < 0, E).flatten().sort(stable=True)         # nobody comes last
     expert, pair = expert[:pairs], pair[:pairs]                    # pair = t*K + k
@@ -604,17 +607,18 @@ def all_at_once(layer, x, I, w, C):
 
 
 def distance_of_both_ways(layer):
-    """How far all_at_once is from the loop in SparseMLP.experts, on 64 random tokens in float32: the
-    largest relative distance of h and of the gradients. A rounding, unless one was edited alone."""
+    """How far all_at_once is from the loop in SparseMLP.experts, on 64 random tokens in float32:
+    the largest relative distance of h and of gradients. A rounding, unless one was edited alone."""
     found = []
     for plain in (True, False):
-        torch.manual_seed(0)
-        one = copy.deepcopy(layer)                                 # what it counts is not counted
+        one = copy.deepcopy(layer)                                 # the layer stays as it is
         one.config.plain = plain
-        x = torch.randn(64, layer.config.n_embd, device=layer.w_p.device, requires_grad=True)
-        h, _ = one(x)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            x = torch.randn(64, layer.config.n_embd, device=layer.w_p.device, requires_grad=True)
+            h, _ = one(x)
+            loss = (h * torch.randn_like(h)).sum()
         leaves = [x] + [p for p in one.parameters() if p.requires_grad]
-        loss = (h * torch.randn_like(h)).sum()
         found.append([h, *torch.autograd.grad(loss, leaves, allow_unused=True)])
     return max(((a - b).norm() / (a.norm() + 1e-30)).item()
                for a, b in zip(*found) if a is not None and b is not None)

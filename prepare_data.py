@@ -184,8 +184,8 @@ def json_documents(path, field):
                 if line.strip():
                     yield '' + json.loads(line)[field]   # what is no text raises TypeError
             except (ValueError, KeyError, TypeError):
-                raise UserError(f'{path}, line {number}: expected JSON with a text under {field!r}, '
-                                f'got {line[:40]!r}; --field= names another key') from None
+                raise UserError(f'{path}, line {number}: expected JSON with a text under {field!r} '
+                                f'(another --field=?), got {line[:40]!r}') from None
 
 
 def hub_documents(hub, field):
@@ -234,9 +234,9 @@ def read(paths, config):
 
 def load_meta(folder):
     """The meta.json of a data set. Raises UserError where it is missing or damaged."""
-    path, name = os.path.join(folder, 'meta.json'), os.path.basename(folder)
-    what = name.removesuffix('_gpt2') if name.startswith(NAMED) else 'FILE'
-    command = f'python prepare_data.py {what}' + ' --tokenizer=gpt2' * name.endswith('_gpt2')
+    path, name = os.path.join(folder, 'meta.json'), os.path.basename(folder).removesuffix('_gpt2')
+    command = f'python prepare_data.py {name if name in NAMED else "FILE"}'
+    command += ' --tokenizer=gpt2' * folder.endswith('_gpt2')
     try:
         with open(path, encoding='utf-8') as file:
             meta = json.load(file)
@@ -294,8 +294,10 @@ def name_and_source(paths, config):
 def check_same(folder, paths, source, config):
     """Refuse, with a UserError, to call data prepared that is another text, or other tokens."""
     meta = load_meta(folder)
-    if paths[0] in NAMED and not config.input:           # not fetched again only to compare
+    if paths == ['openwebtext']:                         # not fetched again only to compare
         same = meta['source'] == source
+    elif paths[0] in CORPORA and not config.input:
+        same = meta['sha256'] == CORPORA[paths[0]][1]
     else:
         text = END_OF_TEXT.join(read(paths, config))
         same = meta['sha256'] == hashlib.sha256(text.encode('utf-8')).hexdigest()

@@ -13,19 +13,18 @@ and writes experts.html beside best.pt: all layers, and for a token under the
 mouse all its experts, their weights and scores.
 """
 
-import html
 import os
 import re
 import sys
 from dataclasses import dataclass
+from html import escape
 
 import torch
 
-import configurator
-from configurator import UserError, build, check_type, expect, parse, write_text
+from configurator import UserError, build, expect, parse, run, write_text
 from model import GPT, GPTConfig, Routing
 from prepare_data import tokenizer_from
-from train import choose_device, choose_dtype, load_checkpoint
+from train import choose_device, load_checkpoint, load_weights
 
 
 @dataclass
@@ -52,30 +51,25 @@ class SampleConfig:
 
 
 def load_model(folder, device):
-    """The best model of the run in folder, and its tokenizer's meta. Raises UserError."""
+    """The best model of the run in folder, its tokenizer's meta, and the dtype it trained in."""
     path = os.path.join(folder, 'best.pt')
     checkpoint = load_checkpoint(path, device)
-    values = {key: check_type(GPTConfig, key, value, f'{path}: ')
-              for key, value in checkpoint['config'].items() if hasattr(GPTConfig, key)}
+    shape = checkpoint['shape']          # the model's keys and others
+    values = {key: value for key, value in shape.items() if hasattr(GPTConfig, key)}
     if values.get('select') == 'expert_choice':
         print('expert_choice needs the tokens to come: experts are chosen by top_k here',
               file=sys.stderr)
         values['select'] = 'top_k'
-    model = build(lambda **values: GPT(GPTConfig(**values)), values)
-    try:
-        model.load_state_dict(checkpoint['model'])
-    except RuntimeError:
-        raise UserError(f'{path}: expected weights of the shapes in its own configuration, got '
-                        'others; train again') from None
-    return model.eval().to(device), checkpoint['meta']
+    model = GPT(build(GPTConfig, values))
+    load_weights(model, checkpoint, path)
+    return model.eval().to(device), checkpoint['meta'], getattr(torch, shape['dtype'])
 
 
 # -----------------------------------------------------------------------------
 # which expert took which token
 
-# Okabe and Ito's palette, whose colours all readers can tell apart, with the colour of letters
-PALETTE = ['#E69F00', '#56B4E9', '#009E73', '#F0E442', '#0072B2', '#D55E00', '#CC79A7', '#000000']
-LETTERS = ['black', 'black', 'black', 'black', 'white', 'white', 'black', 'white']
+# Paul Tol's light scheme: black letters can be read on it, and all readers tell it apart
+PALETTE = ['#77AADD', '#EE8866', '#EEDD88', '#FFAABB', '#99DDFF', '#44BB99', '#BBCC33', '#AAAA00']
 LINE_END = '\u00b6'                      # the line's end is a token, too
 
 
@@ -84,9 +78,9 @@ def watch_experts(model, tokens):
     """The Routing (L, S, ...) of tokens (S,), read in windows of block_size; a token's heaviest
     expert comes first."""
     windows = [model(window[None])[2] for window in tokens.split(model.config.block_size)]
-    scores, experts, weights = (torch.cat(parts, dim=1) for parts in list(zip(*windows))[:3])
+    scores, chosen, weights = (torch.cat(parts, dim=1) for parts in list(zip(*windows))[:3])
     order = weights.argsort(descending=True)
-    return Routing(scores, experts.gather(2, order), weights.gather(2, order), None)
+    return Routing(scores, chosen.gather(2, order), weights.gather(2, order), None)
 
 
 def without_controls(text):
@@ -97,9 +91,8 @@ def without_controls(text):
 def color_text(texts, experts):
     """The texts of tokens, each on the colour of its expert, for a terminal."""
     def paint(text, expert):
-        red, green, blue = (int(PALETTE[expert % 8][i:i + 2], 16) for i in (1, 3, 5))
-        letters = 30 if LETTERS[expert % 8] == 'black' else 97
-        return f'\033[48;2;{red};{green};{blue};{letters}m{text}\033[0m'
+        red, green, blue = bytes.fromhex(PALETTE[expert % 8][1:])
+        return f'\033[48;2;{red};{green};{blue};30m{text}\033[0m'
     legend = ' '.join(paint(f' {expert} ', expert) for expert in sorted(set(experts)))
     lines = [f'experts {legend}', '']
     for text, expert in zip(texts, experts):
@@ -125,25 +118,22 @@ def number_text(texts, experts, width=80):
 
 def experts_page(name, texts, routing, score):
     """An HTML page: the texts of tokens, once for each layer; score is what scores are called."""
-    styles = ''.join(f'.e{i}{{background:{color};color:{letters}}}'
-                     for i, (color, letters) in enumerate(zip(PALETTE, LETTERS)))
-    parts = [f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)}'
-             '</title><style>body{max-width:50em;margin:2em auto;font-family:sans-serif}'
-             f'pre{{white-space:pre-wrap;line-height:1.5}}{styles}</style><h1>{html.escape(name)}'
-             '</h1><p>Each token has the colour of its first expert. Point at one to see all.']
+    colors = ''.join(f'.e{i}{{background:{color}}}' for i, color in enumerate(PALETTE))
+    parts = [f'<!doctype html><meta charset="utf-8"><title>{escape(name)}</title><style>{colors}'
+             'body{max-width:50em;margin:2em auto} pre{white-space:pre-wrap}</style>'
+             'Each token has the colour of its first expert. Point at one to see all.']
     facts = (part.tolist() for part in routing[:3])
-    for layer, (scores, experts, weights) in enumerate(zip(*facts)):
-        used = sorted({chosen[0] for chosen in experts})
+    for layer, (scores, chosen, weights) in enumerate(zip(*facts), 1):
+        used = sorted({experts[0] for experts in chosen})
         legend = ' '.join(f'<span class="e{i % 8}">&nbsp;{i}&nbsp;</span>' for i in used)
-        parts.append(f'<h2>layer {layer + 1}</h2><p>{legend}<pre>')
-        for text, p, I, w in zip(texts, scores, experts, weights):
+        parts.append(f'<h2>layer {layer}</h2>{legend}<pre>')
+        for text, p, I, w in zip(texts, scores, chosen, weights):
             told = ', '.join(f'expert {i}: weight {weight:.2f}, {score} {p[i]:.2f}'
                              for i, weight in zip(I, w) if i >= 0)
-            shown = html.escape(text).replace('\n', f'{LINE_END}\n')
-            parts.append(f'<span class="e{I[0] % 8}" title="{html.escape(repr(text))} {told}">'
-                         f'{shown}</span>')
+            parts.append(f'<span class="e{I[0] % 8}" title="{escape(repr(text))} {told}">'
+                         + escape(text).replace('\n', f'{LINE_END}\n') + '</span>')
         parts.append('</pre>')
-    return ''.join(parts) + '</html>\n'
+    return ''.join(parts)
 
 
 def main(arguments):
@@ -152,8 +142,8 @@ def main(arguments):
     if len(folders) != 1:
         raise UserError('expected the folder of one run, such as out/shakespeare_cpu/aoe, got '
                         f'{len(folders)}')
-    device = choose_device(config.device)
-    model, meta = load_model(folders[0], device)
+    folder, device = folders[0], choose_device(config.device)
+    model, meta, dtype = load_model(folder, device)
     tokenizer = tokenizer_from(meta, config.data_dir)
     mlp, n_layer = model.config.mlp, model.config.n_layer
     if config.show_experts and (mlp == 'dense' or config.layer > n_layer):
@@ -161,26 +151,25 @@ def main(arguments):
                         f'{n_layer}, got {mlp} and {config.layer}')
     idx = torch.tensor([tokenizer.encode(config.prompt)], device=device)      # (1, S)
     terminal = sys.stdout.isatty()
-    dtype = choose_dtype('auto', device)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for i in range(config.num_samples):
+    for i in range(config.num_samples):
+        if i > 0:
+            print('-' * 80)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             tokens = model.generate(idx, config.max_new_tokens, config.temperature,
                                     config.vocab_top_k, tokenizer.vocab_size, config.seed + i)[0]
-            if config.show_experts:
-                routing = watch_experts(model, tokens)
-                texts = [without_controls(tokenizer.decode([token])) for token in tokens.tolist()]
-                show = color_text if terminal and not os.environ.get('NO_COLOR') else number_text
-                print(show(texts, routing.experts[config.layer - 1, :, 0].tolist()))
-            else:
-                text = tokenizer.decode(tokens.tolist())
-                print(without_controls(text) if terminal else text)
-            if i < config.num_samples - 1:
-                print('-' * 80)
+            routing = watch_experts(model, tokens) if config.show_experts else None
+        if not config.show_experts:
+            text = tokenizer.decode(tokens.tolist())
+            print(without_controls(text) if terminal else text)
+            continue
+        texts = [without_controls(tokenizer.decode([token])) for token in tokens.tolist()]
+        show = color_text if terminal and not os.environ.get('NO_COLOR') else number_text
+        print(show(texts, routing.chosen[config.layer - 1, :, 0].tolist()))
     if config.show_experts:
-        path, score = os.path.join(folders[0], 'experts.html'), 'norm' if mlp == 'aoe' else 'logit'
-        write_text(path, experts_page(folders[0], texts, routing, score))
+        path, score = os.path.join(folder, 'experts.html'), 'norm' if mlp == 'aoe' else 'logit'
+        write_text(path, experts_page(folder, texts, routing, score))
         print(f'\nall layers{" of the last text" * (config.num_samples > 1)}: {path}')
 
 
 if __name__ == '__main__':
-    configurator.run(main)
+    run(main)

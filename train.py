@@ -82,7 +82,7 @@ class TrainConfig(Recipe):
     eval_interval: int = 250             # iterations between evaluations
     log_interval: int = 10               # iterations between updates of the progress bar
     eval_only: bool = False              # evaluate the checkpoint that is there and write nothing
-    init_from: Literal['scratch', 'resume', 'auto'] = 'scratch'   # auto: resume what is there
+    init_from: Literal['scratch', 'resume', 'auto'] = 'scratch'   # auto: resume, if there is one
     # runs, trained in turn
     out_dir: str = 'out/default'         # each run writes to a folder of its own in here
     name: str | None = None              # of the run, and of its folder; None: its mlp
@@ -127,21 +127,22 @@ class TrainConfig(Recipe):
 def plan_runs(from_file, from_line):
     """The TrainConfigs that the values of a config file and of the command line ask for: one for
     each entry of `runs`, or of mlp's list, and for each of `seeds`; all with one seed, then with
-    the next. Later wins: file, run, line; --mlp takes the place of a file's runs.
+    the next. The line wins over the file, and --mlp over its runs.
     """
     values = from_file | from_line
-    runs, name, seeds = values.pop('runs', None), values.pop('name', None), values.get('seeds')
-    if seeds and 'seed' in from_line:
-        raise UserError('seed: expected --seed or seeds, got both')
+    runs, only, seeds = values.pop('runs', None), values.pop('name', None), values.get('seeds')
+    if seeds and 'seed' in values:
+        raise UserError('seed: expected seed or seeds, got both')
     if runs is None or 'mlp' in from_line:
         mlps = values.pop('mlp', TrainConfig.mlp).split(',')
         expect_once('mlp', mlps)
-        runs, from_line = {mlp: {'mlp': mlp} for mlp in mlps}, {}
-    if not runs or name is not None and len(runs) > 1:
+        runs = {mlp: {'mlp': mlp} for mlp in mlps}
+    if not runs or only is not None and len(runs) > 1:
         raise UserError(f'runs: expected one at least, and one alone with --name, got {len(runs)}')
-    if name is not None:
-        runs = {name: next(iter(runs.values()))}
+    if only is not None:
+        runs = {only: next(iter(runs.values()))}
     expect_once('seeds', seeds or ())
+    shared = {'runs', 'name', 'seed', 'seeds', 'out_dir'} | from_line.keys() - {'mlp'}
 
     variants = {}
     for name, differs in runs.items():
@@ -149,10 +150,8 @@ def plan_runs(from_file, from_line):
             raise UserError(f'runs, {name}: expected a dict of keys, got {differs!r}')
         variants[name] = {key: check_type(TrainConfig, key, value, f'runs, {name}: ')
                           for key, value in differs.items()}
-        for key in differs:
-            if key in ('runs', 'name', 'seed', 'seeds', 'out_dir', *from_line):
-                raise UserError(f'runs, {name}: expected keys of one run, got {key}, which '
-                                'all share')
+        for key in shared & differs.keys():
+            raise UserError(f'runs, {name}: expected keys of one run, got {key}, which all share')
     planned = []
     for seed in seeds or [values.get('seed', TrainConfig.seed)]:
         seed = check_type(TrainConfig, 'seed', seed, 'seeds, ')
@@ -200,7 +199,7 @@ class Data:
         if config.vocab_size is not None and config.vocab_size < known:
             raise UserError(f'vocab_size: expected at least the {known} of {config.dataset}, '
                             f'got {config.vocab_size}')
-        # what tokens mean; the vocabulary itself may be long
+        # tells vocabularies apart, in a few characters
         self.tokenizer = f'{self.meta["tokenizer"]} {hash_of(vocabulary.encode())}'
         self.class_of_token = torch.tensor([class_of(c) for c in vocabulary], device=device)
         self.tokens = {}
@@ -235,7 +234,7 @@ class Data:
     def eval_batches(self, split):
         """At most eval_iters batches, spread evenly over the split: the same for all runs."""
         size, S, tokens = self.config.batch_size, self.config.block_size, len(self.tokens[split])
-        n = min(self.config.eval_iters, math.ceil(tokens / (size * S)))   # about once each, at most
+        n = min(self.config.eval_iters, math.ceil(tokens / (size * S)))   # once each is enough
         for starts in np.linspace(0, tokens - S - 1, n * size, dtype=np.int64).reshape(n, size):
             yield self.at(split, starts)
 
@@ -258,6 +257,7 @@ def measure(routing, classes, config):
     if classes is not None:
         kind = F.one_hot(classes, len(CLASSES)).float()            # (T, classes), likewise
     return {
+        'tokens': torch.tensor(used.shape[1]),                     # T
         'used': used.sum(1),                                       # T f of Eq. 6: (L, E)
         'ent_conf': entropy(routing.scores).mean(1),               # Eq. 8: (L,)
         'norm': routing.scores.mean(1)[:, :config.n_expert if config.mlp == 'aoe' else 0],
@@ -282,18 +282,18 @@ def evaluate(model, data, autocast, splits=('train', 'val')):
                 measured.append(measure(routing, data.classes(idx), model.config))
         entry[f'{split}_loss'] = torch.stack(losses).mean().item()
     model.train()
-    keys = ('load', 'ent_load', 'ent_conf', 'norm', 'class_load', 'experts_per_token')
     if not measured:                                               # dense
-        return entry | {'aux_loss': 0.0} | {key: [] for key in keys}
+        return entry | {'aux_loss': 0.0, 'load': [], 'ent_load': [], 'ent_conf': [], 'norm': [],
+                        'class_load': [], 'experts_per_token': []}
     total = {key: torch.stack([m[key] for m in measured]).sum(0).cpu() for key in measured[0]}
     batches, used = len(measured), total['used']
     load = used / used.sum(1, keepdim=True)
-    values = (load, torch.special.entr(load).sum(1),               # Eq. 7
-              total['ent_conf'] / batches, total['norm'] / batches,
-              (total['handled'] / total['of_class']).nan_to_num(),
-              used.sum(1) / (batches * idx.numel()))
-    return entry | {'aux_loss': total['aux_loss'].item() / batches} | {
-        key: value.tolist() for key, value in zip(keys, values)}
+    found = {'load': load, 'ent_load': torch.special.entr(load).sum(1),        # Eq. 7
+             'ent_conf': total['ent_conf'] / batches, 'norm': total['norm'] / batches,
+             'class_load': (total['handled'] / total['of_class']).nan_to_num(),
+             'experts_per_token': used.sum(1) / total['tokens'],
+             'aux_loss': total['aux_loss'] / batches}
+    return entry | {key: value.tolist() for key, value in found.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -334,15 +334,19 @@ def train(config, stop):
     if c.threads:
         torch.set_num_threads(c.threads)
     if os.path.exists(c.path('ckpt.pt')) or c.eval_only:
-        if c.init_from == 'scratch' and not c.eval_only:
-            return tqdm.write(f'{c.folder}: another process has trained it; left as it is')
+        if c.init_from == 'scratch' and not c.eval_only:           # since main has looked
+            tqdm.write(f'{c.folder}: another process has trained it; left as it is')
+            return
         before = load_checkpoint(c.path('ckpt.pt'), device, 'at', 'optimizer', 'scaler')
     data = Data(c, device)
-    shape = shape_of(c, device, data, before)
+    settle(c, device, data, before)
+    shape = shape_of(c, device, data)
+    if before:
+        shape = refuse_another_shape(c, shape, before)
 
     torch.manual_seed(c.seed)
-    model = GPT(model_config(c)).to(device)
-    refuse_two_formulas(model)
+    model = GPT(c).to(device)
+    refuse_two_formulas(model.blocks[0].mlp)
     forward = torch.compile(model) if c.compile is True else model
     forward = DistributedDataParallel(forward) if WORLD_SIZE > 1 else forward
     optimizer = make_optimizer(model, c, device)
@@ -358,41 +362,42 @@ def train(config, stop):
         load_weights(model, before, c.path('ckpt.pt'))
         optimizer.load_state_dict(before['optimizer'])
         scaler.load_state_dict(before['scaler'])
-    about = describe(c, model, device, shape)
+    about = describe(c, model, device) | {'shape': shape}
     if c.eval_only:
-        return report({'iter': at['iter'], **evaluate(model, data, autocast)})
+        report({'iter': at['iter'], **evaluate(model, data, autocast)})
+        return
     if at['iter'] == c.max_iters and log and log[-1]['iter'] == at['iter']:
-        return report(log[-1])                                     # nothing is left to do
+        report(log[-1])                                            # nothing is left to do
+        return
     make_folder(c)
 
-    losses, micro_steps = [], range(RANK, c.gradient_accumulation_steps, WORLD_SIZE)
+    loss, micro_steps = 0.0, range(RANK, c.gradient_accumulation_steps, WORLD_SIZE)
     tokens_per_iter = c.gradient_accumulation_steps * c.batch_size * c.block_size
     bar = tqdm(total=c.max_iters * tokens_per_iter, initial=at['iter'] * tokens_per_iter,
-               desc=c.name, unit='tok', unit_scale=True, disable=True if RANK else None,
-               dynamic_ncols=True)
-    ask_interval = 1 if WORLD_SIZE == 1 else c.log_interval        # asking others takes time
+               desc=c.name, unit='tok', unit_scale=True, dynamic_ncols=True,
+               disable=True if RANK else None)                     # None: without a terminal
+    ask_interval = 1 if WORLD_SIZE == 1 else c.log_interval        # a call that all wait for
     clock = time.perf_counter()
     while True:
         # every eval_interval iterations, and at the end: look, save, log and draw
         ended = at['iter'] >= c.max_iters
         stopped = at['iter'] % ask_interval == 0 and any_process(stop.is_set())
         if at['iter'] % c.eval_interval == 0 or ended or stopped:
-            losses = refuse_not_finite(c, model, at['iter'], losses)
+            refuse_not_finite(c, model, at['iter'], loss)
             at['seconds'] += time.perf_counter() - clock           # the clock stands still here
-            new = not stopped and not (log and log[-1]['iter'] == at['iter'])
+            look = not stopped and not (log and log[-1]['iter'] == at['iter'])
             if RANK == 0:
-                if new:
+                if look:
                     log.append({'iter': at['iter'], 'tokens': at['iter'] * tokens_per_iter,
                                 'seconds': at['seconds'], **evaluate(model, data, autocast),
                                 'lr': learning_rate_at(at['iter'], c)})
-                    log[-1]['tokens_per_second'] = speed_between(*log[-2:])
                     at['best_loss'] = min(at['best_loss'], log[-1]['val_loss'])
                 save(c, 'ckpt.pt', model, data, shape, at=at, optimizer=optimizer.state_dict(),
                      scaler=scaler.state_dict())
                 write_config(c, about, iter=at['iter'])
-                if new and log[-1]['val_loss'] <= at['best_loss']:   # cross-entropy alone decides
+                if look and log[-1]['val_loss'] <= at['best_loss']:    # it is the lowest so far
                     save(c, 'best.pt', model, data, shape)
-                if new:                                            # after ckpt.pt: it tells no more
+                if look:                                           # last: never ahead of ckpt.pt
                     write_text(c.path('log.jsonl'), ''.join(json.dumps(e) + '\n' for e in log))
                     report(log[-1])
                     draw(c.out_dir, ['loss.png'])
@@ -411,8 +416,7 @@ def train(config, stop):
                 forward.require_backward_grad_sync = micro_step == micro_steps[-1]
             with autocast:
                 _, loss, routing = forward(idx, targets)
-            share = WORLD_SIZE / c.gradient_accumulation_steps
-            scaler.scale((loss + routing.aux_loss.sum()) * share).backward()
+            scaler.scale((loss + routing.aux_loss.sum()) / len(micro_steps)).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
         scaler.step(optimizer)
@@ -420,43 +424,29 @@ def train(config, stop):
         optimizer.zero_grad(set_to_none=True)
         at['iter'] += 1
 
-        losses.append(loss.detach())
         bar.update(tokens_per_iter)
         if at['iter'] % c.log_interval == 0:
-            losses = refuse_not_finite(c, model, at['iter'], losses)
+            refuse_not_finite(c, model, at['iter'], loss)
             bar.set_postfix_str(f'loss {loss.item():.3f}', refresh=False)
     bar.close()
     if stopped:
         stop.set()                                                 # for main, in every process
 
 
-def speed_between(entry, later=None):
-    """Tokens per second from one entry of a log to the next; None for the first."""
-    if later is not None:
-        return (later['tokens'] - entry['tokens']) / (later['seconds'] - entry['seconds'])
+def refuse_not_finite(config, model, iteration, loss):
+    """Raise Diverged if the last loss, or a weight, is not finite."""
+    if all(p.isfinite().all() for p in model.parameters()) and math.isfinite(loss):
+        return
+    if RANK == 0:
+        about = json.loads(read_text(config.path('config.json')))
+        write_config(config, about, diverged=iteration)
+    raise Diverged(f'{config.folder}: expected finite numbers, got others by iteration '
+                   f'{iteration}, where the loss is {float(loss):.4f}. ckpt.pt is from before. Train '
+                   f'anew with --name= and less than --learning_rate={config.learning_rate:g}')
 
 
-def refuse_not_finite(config, model, iteration, losses):
-    """Raise Diverged if one of the last losses, or a weight now, is not finite. Returns []."""
-    found = {iteration: 'weights that are not'}
-    if all(p.isfinite().all() for p in model.parameters()):
-        found = {}
-    for i, loss in enumerate(torch.stack(losses).tolist() if losses else [], -len(losses)):
-        if not math.isfinite(loss):
-            found[iteration + i] = loss
-    if found:
-        first = min(found)
-        if RANK == 0:
-            write_config(config, json.loads(read_text(config.path('config.json'))), diverged=first)
-        raise Diverged(f'{config.folder}: iteration {first}: expected a finite loss, got '
-                       f'{found[first]}. ckpt.pt is from before. Train anew with --name= and less '
-                       f'than --learning_rate={config.learning_rate:g}, or a longer --warmup_iters')
-    return []
-
-
-def refuse_two_formulas(model):
+def refuse_two_formulas(layer):
     """Raise UserError where SparseMLP.experts was edited, and part 3 of model.py was not."""
-    layer = model.blocks[0].mlp
     if isinstance(layer, SparseMLP) and not layer.config.plain:
         distance = distance_of_both_ways(layer)
         if distance > 0.01:
@@ -471,8 +461,8 @@ def report(entry):
                f'val loss {entry["val_loss"]:.4f} {balance}')
 
 
-def describe(config, model, device, shape):
-    """Print what the model is and how it is trained. Returns what config.json says of the run."""
+def describe(config, model, device):
+    """Print what the model is and how it is trained. Returns that for config.json."""
     c, total, active = config, model.total_parameters(), model.active_parameters()
     flops, tokens = model.flops_per_token(), c.batch_size * c.block_size
     at_most = 'at most ' if c.select == 'top_p' else ''
@@ -485,54 +475,57 @@ def describe(config, model, device, shape):
                    '--lr_decay_iters')
     return {'name': c.name, 'seed': c.seed, 'dataset': c.dataset, 'max_iters': c.max_iters,
             'lr_decay_iters': c.lr_decay_iters, 'total_parameters': total,
-            'active_parameters': active, 'flops_per_token': flops, 'shape': shape}
+            'active_parameters': active, 'flops_per_token': flops}
 
 
 # -----------------------------------------------------------------------------
 # what shapes a result, and a run's files: ckpt.pt is the latest state, best.pt the weights with the
 # lowest validation loss
 
-CODE = ('device', 'torch', 'model.py')   # may change where a run goes on: then its shape has both
+CODE = ('device', 'torch', 'model.py')   # may change on the way: then it is 'this then that'
 
 
-def shape_of(config, device, data, before):
-    """What shapes the result of a run: its recipe, the data, the kind of device and the code. Runs
-    that are equal in it, but for the seed, are seeds of one another.
-
-    What the configuration leaves open is decided here: as it was in `before`, the checkpoint of a
-    run that goes on. Raises UserError where that is of another recipe or data, unless it is only
-    evaluated.
-    """
-    c, path, was = config, config.path('ckpt.pt'), before['shape'] if before else {}
+def settle(config, device, data, before):
+    """Decide what the configuration leaves open: as in `before`, the checkpoint of a run that goes
+    on, or what fits here."""
+    c, was = config, before['shape'] if before else {}
     c.vocab_size = c.vocab_size or data.meta['vocab_size']
     c.lr_decay_iters = c.lr_decay_iters or was.get('lr_decay_iters') or c.max_iters
     if c.dtype == 'auto':
         c.dtype = was.get('dtype') or fast_dtype(c, device)
-    recipe = dataclasses.fields(Recipe)
+
+
+def shape_of(config, device, data):
+    """What shapes the result of a run: its recipe, the data, the kind of device and the code. Runs
+    that are equal in it, but for the seed, are seeds of one another."""
     with open(model_file.__file__, 'rb') as file:
         code = hash_of(file.read())
-    shape = {**{field.name: getattr(c, field.name) for field in recipe},
-             'sha256': data.meta['sha256'], 'tokenizer': data.tokenizer, 'device': device.type,
-             'torch': str(torch.__version__), 'model.py': code}
-    if not before:
-        return shape
+    return {**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)},
+            'sha256': data.meta['sha256'][:8], 'tokenizer': data.tokenizer, 'device': device.type,
+            'torch': str(torch.__version__), 'model.py': code}
 
-    was = {field.name: field.default for field in recipe} | was    # a new key had its default
+
+def refuse_another_shape(config, shape, before):
+    """Raise UserError where a run goes on with another recipe or other data than `before`, its
+    checkpoint; an evaluation alone may have another recipe. Returns the shape from now on: other
+    code is told of and noted."""
+    path, shape = config.path('ckpt.pt'), dict(shape)
+    was = {field.name: field.default for field in dataclasses.fields(Recipe)} | before['shape']
     for key in CODE:
-        if str(was.get(key)).split(' then ')[-1] != shape[key]:
-            tqdm.write(f'{c.folder}: {key} is {shape[key]} now, and was {was.get(key)}')
+        if not was.get(key, '').endswith(shape[key]):
+            tqdm.write(f'{config.folder}: {key} is {shape[key]} now, and was {was.get(key)}')
             was[key] = f'{was.get(key)} then {shape[key]}'
         shape[key] = was[key]
     differ = [f'{key} = {was.get(key)} and not {shape.get(key)}'
               for key in was | shape if was.get(key) != shape.get(key)]
-    if differ and (not c.eval_only or was.get('tokenizer') != shape['tokenizer']):
+    if differ and (not config.eval_only or was['tokenizer'] != shape['tokenizer']):
         raise UserError(f'{path}: expected what it was trained with, {", ".join(differ)}; '
                         'leave it so, or train anew with --name=')
     if differ:
-        tqdm.write(f'{c.folder}: trained with {", ".join(differ)}')
-    elif c.max_iters < before['at']['iter']:
+        tqdm.write(f'{config.folder}: trained with {", ".join(differ)}')
+    elif config.max_iters < before['at']['iter']:
         raise UserError(f'max_iters: expected at least the {before["at"]["iter"]} iterations that '
-                        f'{path} has, got {c.max_iters}; --name= trains anew')
+                        f'{path} has, got {config.max_iters}; --name= trains anew')
     return shape
 
 
@@ -563,12 +556,6 @@ def load_weights(model, checkpoint, path):
     except RuntimeError:
         raise UserError(f'{path}: expected weights of a model of these settings, got others; give '
                         'those that it was trained with') from None
-
-
-def model_config(config):
-    """The part of a TrainConfig that says what the model is."""
-    fields = dataclasses.fields(GPTConfig)
-    return GPTConfig(**{field.name: getattr(config, field.name) for field in fields})
 
 
 def write_config(config, about, **more):
@@ -698,27 +685,26 @@ def find_runs(out_dir):
     Seeds stand together where all that shaped them is equal and they are equally far; what is not
     has a name of its own that says what differs. What cannot be read is told of and left out.
     """
-    groups = {}                          # name, shape and how far, as text -> {seed: (config, log)}
+    groups = {}                          # facts as text -> (facts, {seed: (config, log)})
     for folder in sorted(os.listdir(out_dir)):
         if not os.path.exists(os.path.join(out_dir, folder, 'config.json')):
             continue
         try:
             config = json.loads(read_text(os.path.join(out_dir, folder, 'config.json')))
             log = read_log(os.path.join(out_dir, folder, 'log.jsonl'))
-            kind = {'name': config['name'], **config['shape'], 'seed': None,
-                    'iter': log[-1]['iter'] if log else 0, 'diverged': config.get('diverged')}
-            if log:                      # a seed counts once
-                seeds = groups.setdefault(json.dumps(kind), {})
-                seeds[config['seed']] = config, log
-        except (UserError, ValueError, TypeError, KeyError, OSError) as error:
+            facts = {'name': config['name'], **config['shape'], 'seed': None,
+                     'iter': log[-1]['iter'], 'diverged': config.get('diverged')}
+            _, seeds = groups.setdefault(json.dumps(facts), (facts, {}))
+            seeds[config['seed']] = config, log                    # a seed counts once
+        except (UserError, ValueError, TypeError, KeyError, IndexError, OSError) as error:
             tqdm.write(f'{folder} is left out: {error!r:.60}')
-    kinds, runs = [json.loads(kind) for kind in groups], {}
-    for kind, seeds in zip(kinds, groups.values()):
-        others = [other for other in kinds if other['name'] == kind['name']]
-        differ = [f'{key} {value!s:.22}' for key, value in kind.items()
+    runs = {}
+    for facts, seeds in groups.values():
+        others = [other for other, _ in groups.values() if other['name'] == facts['name']]
+        differ = [f'{key} {value}' for key, value in facts.items()
                   if any(other.get(key) != value for other in others)]
         label = f' ({", ".join(differ)})' if differ else ''
-        runs[kind['name'] + label] = list(seeds.values())
+        runs[facts['name'] + label] = list(seeds.values())
     return runs
 
 
@@ -873,7 +859,8 @@ def print_table(out_dir):
     for name, seeds in runs.items():
         config = seeds[0][0]
         ent_load = [statistics.mean(log[-1]['ent_load']) for _, log in seeds if log[-1]['ent_load']]
-        speeds = [entry['tokens_per_second'] for _, log in seeds for entry in log[1:]]
+        speeds = [(b['tokens'] - a['tokens']) / (b['seconds'] - a['seconds'])
+                  for _, log in seeds for a, b in zip(log, log[1:])]
         diverged = f'diverged at {config["diverged"]:,}' if config.get('diverged') else None
         table.append((name, f'{config["total_parameters"]:,}', f'{config["active_parameters"]:,}',
                       diverged or mean_and_spread(lowest(seeds)),

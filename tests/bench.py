@@ -35,7 +35,7 @@ sys.path.insert(0, ROOT)
 import configurator
 from configurator import UserError, build, expect, parse, read_config_file, write_text
 from model import GPT, MLPS, GPTConfig
-from train import (TrainConfig, choose_device, keep_freed_memory, make_optimizer, model_config,
+from train import (TrainConfig, choose_device, keep_freed_memory, make_optimizer,
                    plan_runs, print_rows)
 
 PARTS = ('layer', 'step', 'memory', 'cost', 'fake')
@@ -258,7 +258,7 @@ def make_step(config, device, compile=False):
     calls mark(phase) where a phase begins."""
     torch.manual_seed(config.seed)
     with device:
-        model = GPT(model_config(config))
+        model = GPT(config)
     optimizer = make_optimizer(model, config, device)
     forward = torch.compile(model) if compile else model
     dtype = getattr(torch, config.dtype)

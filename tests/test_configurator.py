@@ -55,6 +55,7 @@ def test_a_value_gets_the_type_of_its_key(argument, value):
     ('--width=True', '--width: expected int, got True'),
     ('--width=', "--width: expected int, got ''"),
     ('--rate=fast', "--rate: expected float or None, got 'fast'"),
+    ('--rate=1' + 400 * '0', '--rate: expected float or None, got 1' + 400 * '0'),
     ('--flag=1', '--flag: expected bool, got 1'),
     ('--flag=yes', "--flag: expected bool, got 'yes'"),
     ('--mode=1', '--mode: expected auto or True or False, got 1'),
@@ -112,6 +113,8 @@ width = 25
     ('raise ValueError("a\\nb")', 'line 1: expected it to run, got ValueError: a b'),
     ('width = 1\nrate =', 'line 2: expected it to run, got SyntaxError: invalid syntax'),
     ('width = 1\0', 'line 1: expected it to run, got '),
+    ("width = 1\nruns = {'a': {},\n'b': {}, 'a': {'width': 2}}",
+     "config.py, line 2: expected each key once, got ['a', 'b', 'a']"),
 ))
 def test_a_mistake_in_a_file_gets_one_line(tmp_path, text, says):
     with pytest.raises(UserError) as error:

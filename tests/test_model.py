@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from conftest import ROOT
-from model import (GPT, MLP, MLPS, GPTConfig, MoE, Routing, count, distance_of_both_ways, entropy,
-                   grouped_mm, rotate, sort_by_expert)
+from model import (GPT, MLP, MLPS, GPTConfig, MoE, Routing, count, entropy, grouped_mm, rotate,
+                   sort_by_expert)
 
 SPARSE = ('moe', 'aoe')
 # who scores x how the gate is made, the large router of Table 2, and Switch's weights
@@ -186,8 +186,8 @@ def test_fast_equals_plain_through_the_grouped_matmul(variant, dtype, distance, 
         assert (a - results[1][name]).norm() <= distance * a.norm(), name
 
 
-# What a reader may edit, by the rows of the README's table: an old text of model.py, the new one, and
-# the loop with that edit. Both ways, moe and aoe, have to follow.
+# What a reader may edit, by the rows of the README's table: an old text of model.py, the new one,
+# and the loop with that edit. Both ways, moe and aoe, have to follow.
 def second_to_third(m, p):
     return [set(sorted(range(5), key=lambda i: -p_t[i])[1:3]) for p_t in p]
 
@@ -203,7 +203,8 @@ def log_sum_exp(p, f):
 
 
 EDITS = {
-    'choose': ('p.topk(self.config.top_k).indices  ', 'p.topk(self.config.top_k + 1).indices[:, 1:]',
+    'choose': ('p.topk(self.config.top_k).indices  ',
+               'p.topk(self.config.top_k + 1).indices[:, 1:]',
                {'choose': second_to_third}),
     'choose nobody': (
         'return p.topk(self.config.top_k).indices  ',
@@ -214,7 +215,8 @@ EDITS = {
     'routing': ('self.config.aux_weight * E * (f * P).sum()',
                 'self.config.aux_weight * E * p.logsumexp(1).square().mean()',
                 {'balance': log_sum_exp}),
-    'norm': ("torch.linalg.vector_norm(C, dim=-1, dtype=", "torch.linalg.vector_norm(C, 1, -1, dtype=",
+    'norm': ('torch.linalg.vector_norm(C, dim=-1, dtype=',
+             'torch.linalg.vector_norm(C, 1, -1, dtype=',
              {'scores': lambda m, x: scores_slowly(m, x, norm=lambda C: sum(c.abs() for c in C))}),
     'route': ('return at_least_float32(x) @ at_least_float32(self.router)',
               'return (x @ self.router).tanh()',

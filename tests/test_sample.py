@@ -33,7 +33,7 @@ def test_what_is_shown_is_what_the_layers_did(changes):
         for layer, t in ((0, 0), (1, 3)):
             shown, facts = ({i: w for i, w in zip(I.tolist(), w.tolist()) if i >= 0}
                             for I, w in ((experts[layer, window][t], weights[layer, window][t]),
-                                         (routing.experts[layer, t], routing.weights[layer, t])))
+                                         (routing.chosen[layer, t], routing.weights[layer, t])))
             assert shown == facts and sum(shown.values()) == pytest.approx(1)
     assert (weights.diff(dim=2) <= 0).all()                        # the heaviest first
     m = model.blocks[0].mlp
@@ -59,8 +59,8 @@ def test_numbers_under_tokens_by_hand():
 def test_colours_of_tokens():
     text = color_text(['ab', '\n', 'c'], [0, 1, 9])
     assert re.sub('\033\\[[0-9;]*m', '', text) == 'experts  0   1   9 \nab\u00b6\nc'
-    assert '\033[48;2;230;159;0;30mab\033[0m' in text
-    assert '\033[48;2;86;180;233;30mc\033[0m' in text              # 9 is 1 again
+    assert '\033[48;2;119;170;221;30mab\033[0m' in text             # #77AADD
+    assert '\033[48;2;238;136;102;30mc\033[0m' in text             # 9 is 1 again
 
 
 def test_nothing_of_a_text_rings_or_steers_a_terminal():
@@ -117,3 +117,18 @@ def test_show_experts_on_the_command_line(workspace, refuse, monkeypatch):
     assert 'at most 2, got moe and 3' in refuse(sample.main, 'out/shown/moe', show, '--layer=3')
     assert 'expected a model with experts' in refuse(sample.main, 'out/shown/dense', show)
     assert not os.path.exists('out/shown/dense/experts.html')
+
+
+@pytest.mark.parametrize('dtype', ('float32', 'bfloat16'))
+def test_sampling_multiplies_in_the_dtype_that_was_trained_in(workspace, monkeypatch, dtype):
+    run_script('train.py', *SMALL, '--mlp=aoe', '--max_iters=2', f'--dtype={dtype}',
+               f'--out_dir=out/{dtype}', cwd=workspace)
+    found, load_model = set(), sample.load_model
+
+    def load_and_watch(folder, device):
+        model, *others = load_model(folder, device)
+        model.head.register_forward_hook(lambda _, x, logits: found.add(logits.dtype))
+        return model, *others
+    monkeypatch.setattr(sample, 'load_model', load_and_watch)
+    sample.main([str(workspace / f'out/{dtype}/aoe'), '--max_new_tokens=2'])
+    assert found == {getattr(torch, dtype)}

@@ -12,6 +12,7 @@ token the softmax over the chosen is 1, so that the router has no gradient and
 stays as it was drawn (Algorithm 1), while Wdown learns through the gate.
 """
 
+import contextlib
 import itertools
 import os
 import sys
@@ -22,6 +23,8 @@ import torch.nn.functional as F
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+import configurator
+from configurator import UserError
 from model import MLPS, GPTConfig
 from train import pyplot, save_figure
 
@@ -54,7 +57,7 @@ def shares(mlp, seed):
         x, label = draw_tokens(3000, 3)
         with torch.no_grad():
             h, routing = layer(x)
-            expert, right = routing.experts[:, 0], head(h).argmax(1) == label
+            expert, right = routing.chosen[:, 0], head(h).argmax(1) == label
         results.append(([(expert[label == k] == 1).float().mean().item() for k in range(3)],
                         right[label < classes].float().mean().item()))
     return results
@@ -71,7 +74,18 @@ def test_moe_gives_opposite_classes_to_opposite_experts_and_aoe_to_the_same():
             assert abs(plus - minus) < 0.05 and max(plus, 1 - plus) > 0.9
 
 
-def main(path):
+def test_help_is_printed_and_a_wrong_argument_refused(refuse, capsys):
+    main(['--help'])
+    assert 'python tests/test_toy.py' in capsys.readouterr().out
+    assert "the path of a picture, got '--seeds=3'" in refuse(main, '--seeds=3')
+
+
+def main(arguments):
+    path, *more = arguments or ['out/toy.png']
+    if path in ('-h', '--help'):
+        return print(__doc__.strip())
+    if more or path.startswith('-'):
+        raise UserError(f'expected the path of a picture, got {" ".join(arguments)!r}')
     figure, panels = pyplot().subplots(2, 2, figsize=(7, 5), sharey=True, layout='constrained')
     for row, mlp in zip(panels, ('moe', 'aoe')):
         seeds = [shares(mlp, seed) for seed in range(3)]
@@ -89,10 +103,11 @@ def main(path):
             axes.set(title=f'{mlp}, stage {stage + 1}', ylim=(0, 1))
         row[0].set_ylabel('share that expert 2 handles')
     panels[0, 0].legend(fontsize=8)
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    with contextlib.suppress(OSError):                             # save_figure says what hinders
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     save_figure(figure, path)
     print(f'drawn: {path}')
 
 
 if __name__ == '__main__':
-    main(sys.argv[1] if len(sys.argv) > 1 else 'out/toy.png')
+    configurator.run(main)

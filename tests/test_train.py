@@ -52,7 +52,7 @@ def test_three_variants_leave_logs_checkpoints_pictures_and_a_table(trained):
         assert [entry['tokens'] for entry in log] == [0, 1280, 2560]
         assert log[0]['val_loss'] > log[1]['val_loss'] > log[2]['val_loss']
         last = log[-1]
-        assert last['tokens_per_second'] > 0 and last['seconds'] > 0
+        assert last['seconds'] > 0
         shape = (0,) if mlp == 'dense' else (2, 4)
         assert np.shape(last['load']) == shape
         assert len(last['ent_load']) == len(last['ent_conf']) == shape[0]
@@ -91,7 +91,7 @@ def test_classes_of_characters():
 
 @pytest.mark.parametrize('mlp', ('aoe', 'moe'))
 def test_which_expert_takes_which_class_by_a_loop(trained, mlp):
-    model, meta = sample.load_model(str(trained[0] / 'out/three' / mlp), torch.device('cpu'))
+    model, meta, _ = sample.load_model(str(trained[0] / 'out/three' / mlp), torch.device('cpu'))
     config = TrainConfig(dataset='code', data_dir=str(trained[0] / 'data'), block_size=16,
                          batch_size=8, eval_iters=2)
     data = Data(config, torch.device('cpu'))
@@ -260,7 +260,7 @@ def test_every_config_trains_models_of_one_size(file):
     for run in plan_runs(values, {'mlp': 'aoe,moe,dense'}):
         run.vocab_size = run.vocab_size or 84
         with torch.device('meta'):
-            sizes[run.name] = GPT(train.model_config(run)).total_parameters()
+            sizes[run.name] = GPT(run).total_parameters()
     assert abs(sizes['aoe'] / sizes['moe'] - 1) < 0.01 and sizes['dense'] < sizes['moe']
 
 
@@ -276,7 +276,7 @@ def test_the_schedule_by_hand():
 
 def test_only_matrices_decay():
     config = TrainConfig(vocab_size=11, n_embd=32, weight_decay=0.5, learning_rate=0.1)
-    model = GPT(train.model_config(config))
+    model = GPT(config)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)

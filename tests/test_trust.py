@@ -108,12 +108,12 @@ def test_where_one_run_diverges_the_others_go_on(train_here, monkeypatch, capsys
         train.main(both)
     printed = capsys.readouterr()
     assert exit.value.code == 1
-    assert 'out/broken/moe: iteration 13: expected a finite loss, got nan' in printed.err
+    assert 'out/broken/moe: expected finite numbers, got others by iteration 16' in printed.err
     assert '--name=' in printed.err and '--learning_rate=0.002' in printed.err
     assert load_checkpoint('out/broken/moe/ckpt.pt', 'cpu')['at']['iter'] == 10
     assert [entry['iter'] for entry in read_log('out/broken/moe/log.jsonl')] == [0, 10]
     assert [entry['iter'] for entry in read_log('out/broken/dense/log.jsonl')] == [0, 10, 20]
-    assert table_of(printed.out)['moe'][2] == 'diverged at 13'
+    assert table_of(printed.out)['moe'][2] == 'diverged at 16'
     with pytest.raises(SystemExit) as exit:                        # the cause is gone: it goes on
         train.main([*both, '--init_from=auto'])
     assert exit.value.code == 0
@@ -125,7 +125,7 @@ def test_weights_that_are_not_finite_are_not_saved(train_here, monkeypatch, caps
     with pytest.raises(SystemExit) as exit:
         train.main([*SMALL, '--mlp=dense', '--out_dir=out/not_saved'])
     assert exit.value.code == 1
-    assert 'iteration 10: expected a finite loss, got weights' in capsys.readouterr().err
+    assert 'got others by iteration 10, ' in capsys.readouterr().err
     assert load_checkpoint('out/not_saved/dense/ckpt.pt', 'cpu')['at']['iter'] == 0
 
 
@@ -372,7 +372,7 @@ def test_active_experts_follow_the_rule(train_here, capsys):
     def active(*arguments):
         config = train.plan_runs({'vocab_size': 84, 'n_embd': 64}, configurator.parse(
             train.TrainConfig, ['--mlp=moe', *arguments], '')[0])[0]
-        return train.GPT(train.model_config(config)).active_parameters()
+        return train.GPT(config).active_parameters()
     everything = active('--top_k=8')
     assert active('--select=expert_choice', '--capacity_factor=8') == everything
     assert active('--select=expert_choice', '--capacity_factor=99') == everything
@@ -561,7 +561,7 @@ def test_a_run_that_is_killed_twenty_times_ends_like_one_that_is_not(workspace):
             load_checkpoint(folder / 'ckpt.pt', 'cpu')             # raises if it is damaged
     assert while_writing > 0
     run_script('train.py', *command, '--out_dir=out/killed', cwd=workspace)
-    timed = ('seconds', 'tokens_per_second')
+    timed = ('seconds',)
     killed, whole = ([{key: value for key, value in entry.items() if key not in timed}
                       for entry in read_log(workspace / f'out/{name}/aoe/log.jsonl')]
                      for name in ('killed', 'undisturbed'))
