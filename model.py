@@ -495,7 +495,7 @@ def sort_by_expert(I, E, leave_out):
     load = count(I, E)                                             # (E,)
     pairs = int(load.sum()) if leave_out else T * K
     multiple = max(1, min(16, pairs // E // 16))
-    P = (pairs + E * (multiple - 1)) // multiple * multiple
+    P = math.ceil((pairs + E * (multiple - 1)) / multiple) * multiple
     P = P + 1 if leave_out else P                                  # one more, for nobody
     padding = -load % multiple                                     # (E,)
     expert, pair = I.masked_fill(I < 0, E).flatten().sort(stable=True)         # nobody comes last
@@ -599,7 +599,7 @@ def all_at_once(layer, x, I, w, C):
         rows = rows._replace(ends=rows.ends.cpu())
     C_rows = None
     if c.factorised:
-        C_rows = C.flatten(0, 1).index_select(0, rows.token * c.n_expert + rows.expert)
+        C_rows = as_autocast(C.flatten(0, 1)[rows.token * c.n_expert + rows.expert])
     w_gate = as_autocast(layer.w_up if c.factorised else layer.w_g)
     return GroupedExperts.apply(
         x, C_rows, w.masked_fill(I < 0, 0), w_gate, as_autocast(layer.w_p), as_autocast(layer.w_o),
@@ -607,8 +607,9 @@ def all_at_once(layer, x, I, w, C):
 
 
 def distance_of_both_ways(layer):
-    """How far all_at_once is from the loop in SparseMLP.experts, on 64 random tokens in float32:
-    the largest relative distance of h and of gradients. A rounding, unless one was edited alone."""
+    """How far all_at_once is from the loop in SparseMLP.experts, in float32: the largest relative
+    distance of h and of gradients on 64 random tokens, and of h on 64 that are large and alike, in
+    eval mode. A rounding, unless one of the two was edited alone."""
     found = []
     for plain in (True, False):
         one = copy.deepcopy(layer)                                 # the layer stays as it is
@@ -618,10 +619,11 @@ def distance_of_both_ways(layer):
             x = torch.randn(64, layer.config.n_embd, device=layer.w_p.device, requires_grad=True)
             h, _ = one(x)
             loss = (h * torch.randn_like(h)).sum()
-        leaves = [x] + [p for p in one.parameters() if p.requires_grad]
-        found.append([h, *torch.autograd.grad(loss, leaves, allow_unused=True)])
-    return max(((a - b).norm() / (a.norm() + 1e-30)).item()
-               for a, b in zip(*found) if a is not None and b is not None)
+            leaves = [x] + [p for p in one.parameters() if p.requires_grad]
+            grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+            alike, _ = one.eval()(30 * x + 3 * torch.randn_like(x[0]))
+        found.append([h, *grads, alike])
+    return max(((a - b).norm() / (a.norm() + 1e-30)).item() for a, b in zip(*found))
 
 
 # -----------------------------------------------------------------------------
@@ -651,10 +653,10 @@ def refuse_misfits(config):
     """Raise ValueError for the first key whose value cannot be."""
     c, D = config, config.n_embd
     expect(c, 'block_size vocab_size n_layer n_head n_embd n_expert top_k d_ffn d_low d_judge',
-           'a positive number', lambda n: n > 0)
+           'a positive number', lambda n: 0 < n < 2**31)
     expect(c, 'mlp', 'one of aoe, moe, dense', lambda mlp: mlp in MLPS)
     expect(c, 'top_p', 'more than 0 and at most 1', lambda p: 0 < p <= 1)
-    expect(c, 'capacity_factor', 'more than 0', lambda factor: factor > 0)
+    expect(c, 'capacity_factor', 'a positive number', lambda factor: 0 < factor < 2**31)
     expect(c, 'aux_weight conf_weight', '0 or more', lambda weight: weight >= 0)
     expect(c, 'dropout', 'a probability below 1', lambda p: 0 <= p < 1)
     expect(c, 'top_k', f'at most n_expert = {c.n_expert}', lambda k: k <= c.n_expert)

@@ -39,6 +39,11 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:                      # Windows
+    fcntl = None
+
 import configurator
 import model as model_file
 from configurator import (UserError, build, check_type, expect, is_folder_name, parse,
@@ -49,6 +54,9 @@ from prepare_data import load_meta
 # torchrun starts WORLD_SIZE processes of this script. They share the batches of an iteration, and
 # their gradients are averaged; the one with RANK 0 evaluates, saves, draws and prints.
 RANK, WORLD_SIZE = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+
+with open(model_file.__file__, 'rb') as file:            # as it was imported, whatever it is later
+    MODEL_HASH = hashlib.sha256(file.read()).hexdigest()[:8]
 
 
 @dataclass
@@ -101,7 +109,7 @@ class TrainConfig(Recipe):
             self.name = self.mlp
         expect(self, 'batch_size gradient_accumulation_steps eval_interval eval_iters log_interval'
                ' max_iters learning_rate lr_decay_iters threads', 'a positive number',
-               lambda n: n > 0)
+               lambda n: 0 < n < 2**31)
         expect(self, 'min_lr warmup_iters weight_decay grad_clip seed', '0 or more',
                lambda n: n >= 0)
         expect(self, 'seed', 'a number below 2^63', lambda seed: seed < 2**63)
@@ -111,9 +119,9 @@ class TrainConfig(Recipe):
                lambda n: n <= os.cpu_count())
         expect(self, 'beta1 beta2', 'at least 0 and below 1', lambda beta: 0 <= beta < 1)
         expect(self, 'out_dir', 'a folder to write to', lambda out_dir: out_dir)
-        expect(self, 'name', 'the name of a folder in out_dir, without $ and no _ first',
-               lambda name: is_folder_name(name) and '$' not in name and name[0] != '_'
-               and not name.endswith(('.jsonl', '.png')))          # files that are there
+        expect(self, 'name', 'the name of a folder in out_dir, without $ or | and no _ first',
+               lambda name: is_folder_name(name) and name.isprintable() and name[0] != '_'
+               and not {'$', '|'} & {*name} and not name.endswith(('.jsonl', '.png')))
 
     @property
     def folder(self):
@@ -158,6 +166,7 @@ def plan_runs(from_file, from_line):
         for name, differs in variants.items():
             own = {'name': name, 'seed': seed}
             planned.append(build(TrainConfig, values | differs | own))
+    expect_once('runs', [run.folder for run in planned])
     return planned
 
 
@@ -180,10 +189,6 @@ def class_of(character):
     return is_of.index(True)
 
 
-def hash_of(content):
-    return hashlib.sha256(content).hexdigest()[:8]
-
-
 def random_of(seed, iteration, micro_step):
     """Random numbers that depend on these three alone, so that resuming needs no state of them."""
     return np.random.default_rng((seed, iteration, micro_step))
@@ -200,7 +205,8 @@ class Data:
             raise UserError(f'vocab_size: expected at least the {known} of {config.dataset}, '
                             f'got {config.vocab_size}')
         # tells vocabularies apart, in a few characters
-        self.tokenizer = f'{self.meta["tokenizer"]} {hash_of(vocabulary.encode())}'
+        digest = hashlib.sha256(vocabulary.encode()).hexdigest()
+        self.tokenizer = f'{self.meta["tokenizer"]} {digest[:8]}'
         self.class_of_token = torch.tensor([class_of(c) for c in vocabulary], device=device)
         self.tokens = {}
         for split in ('train', 'val'):
@@ -355,10 +361,9 @@ def train(config, stop):
     # float16 has few exponents: losses are scaled up, gradients back, and a step is skipped and
     # the scale halved where something overflowed. For other dtypes the scaler does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    at, log = {'iter': 0, 'seconds': 0.0, 'best_loss': math.inf}, []
+    at, log = {'iter': 0, 'seconds': 0.0}, []
     if before:
-        at = before['at']
-        log = [entry for entry in read_log(c.path('log.jsonl')) if entry['iter'] <= at['iter']]
+        at, log = before['at'], before['at'].pop('log')
         load_weights(model, before, c.path('ckpt.pt'))
         optimizer.load_state_dict(before['optimizer'])
         scaler.load_state_dict(before['scaler'])
@@ -369,7 +374,7 @@ def train(config, stop):
     if at['iter'] == c.max_iters and log and log[-1]['iter'] == at['iter']:
         report(log[-1])                                            # nothing is left to do
         return
-    make_folder(c)
+    lock = make_folder(c)                                          # held until the run has ended
 
     loss, micro_steps = 0.0, range(RANK, c.gradient_accumulation_steps, WORLD_SIZE)
     tokens_per_iter = c.gradient_accumulation_steps * c.batch_size * c.block_size
@@ -383,7 +388,7 @@ def train(config, stop):
         ended = at['iter'] >= c.max_iters
         stopped = at['iter'] % ask_interval == 0 and any_process(stop.is_set())
         if at['iter'] % c.eval_interval == 0 or ended or stopped:
-            refuse_not_finite(c, model, at['iter'], loss)
+            refuse_not_finite(c, model, at['iter'], loss, about)
             at['seconds'] += time.perf_counter() - clock           # the clock stands still here
             look = not stopped and not (log and log[-1]['iter'] == at['iter'])
             if RANK == 0:
@@ -391,14 +396,14 @@ def train(config, stop):
                     log.append({'iter': at['iter'], 'tokens': at['iter'] * tokens_per_iter,
                                 'seconds': at['seconds'], **evaluate(model, data, autocast),
                                 'lr': learning_rate_at(at['iter'], c)})
-                    at['best_loss'] = min(at['best_loss'], log[-1]['val_loss'])
-                save(c, 'ckpt.pt', model, data, shape, at=at, optimizer=optimizer.state_dict(),
-                     scaler=scaler.state_dict())
-                write_config(c, about, iter=at['iter'])
-                if look and log[-1]['val_loss'] <= at['best_loss']:    # it is the lowest so far
+                save(c, 'ckpt.pt', model, data, shape, at={**at, 'log': log},
+                     optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+                best = min(log, key=lambda entry: entry['val_loss'])
+                if best['iter'] == at['iter']:
                     save(c, 'best.pt', model, data, shape)
-                if look:                                           # last: never ahead of ckpt.pt
-                    write_text(c.path('log.jsonl'), ''.join(json.dumps(e) + '\n' for e in log))
+                write_text(c.path('log.jsonl'), ''.join(json.dumps(e) + '\n' for e in log))
+                write_config(c, about, iter=at['iter'])
+                if look:
                     report(log[-1])
                     draw(c.out_dir, ['loss.png'])
                     tell_if_busy(log)
@@ -426,30 +431,30 @@ def train(config, stop):
 
         bar.update(tokens_per_iter)
         if at['iter'] % c.log_interval == 0:
-            refuse_not_finite(c, model, at['iter'], loss)
+            refuse_not_finite(c, model, at['iter'], loss, about)
             bar.set_postfix_str(f'loss {loss.item():.3f}', refresh=False)
     bar.close()
+    lock.close()
     if stopped:
         stop.set()                                                 # for main, in every process
 
 
-def refuse_not_finite(config, model, iteration, loss):
-    """Raise Diverged if the last loss, or a weight, is not finite."""
+def refuse_not_finite(config, model, iteration, loss, about):
+    """Raise Diverged if the last loss, or a weight, is not finite, and note it in config.json."""
     if all(p.isfinite().all() for p in model.parameters()) and math.isfinite(loss):
         return
     if RANK == 0:
-        about = json.loads(read_text(config.path('config.json')))
         write_config(config, about, diverged=iteration)
     raise Diverged(f'{config.folder}: expected finite numbers, got others by iteration '
-                   f'{iteration}, where the loss is {float(loss):.4f}. ckpt.pt is from before. Train '
-                   f'anew with --name= and less than --learning_rate={config.learning_rate:g}')
+                   f'{iteration}, where the loss is {float(loss):.4f}. ckpt.pt is from before. '
+                   f'Train anew with --name=, below --learning_rate={config.learning_rate:g}')
 
 
 def refuse_two_formulas(layer):
     """Raise UserError where SparseMLP.experts was edited, and part 3 of model.py was not."""
     if isinstance(layer, SparseMLP) and not layer.config.plain:
         distance = distance_of_both_ways(layer)
-        if distance > 0.01:
+        if not distance < 0.01:                                    # or it is no number
             raise UserError('model.py: expected part 3 to compute what SparseMLP.experts does, got '
                             f'a difference of {distance:.0%}; with --plain=True the latter runs')
 
@@ -498,11 +503,9 @@ def settle(config, device, data, before):
 def shape_of(config, device, data):
     """What shapes the result of a run: its recipe, the data, the kind of device and the code. Runs
     that are equal in it, but for the seed, are seeds of one another."""
-    with open(model_file.__file__, 'rb') as file:
-        code = hash_of(file.read())
     return {**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)},
             'sha256': data.meta['sha256'][:8], 'tokenizer': data.tokenizer, 'device': device.type,
-            'torch': str(torch.__version__), 'model.py': code}
+            'torch': str(torch.__version__), 'model.py': MODEL_HASH}
 
 
 def refuse_another_shape(config, shape, before):
@@ -523,7 +526,7 @@ def refuse_another_shape(config, shape, before):
                         'leave it so, or train anew with --name=')
     if differ:
         tqdm.write(f'{config.folder}: trained with {", ".join(differ)}')
-    elif config.max_iters < before['at']['iter']:
+    elif config.max_iters < before['at']['iter'] and not config.eval_only:
         raise UserError(f'max_iters: expected at least the {before["at"]["iter"]} iterations that '
                         f'{path} has, got {config.max_iters}; --name= trains anew')
     return shape
@@ -554,8 +557,8 @@ def load_weights(model, checkpoint, path):
     try:
         model.load_state_dict(checkpoint['model'])
     except RuntimeError:
-        raise UserError(f'{path}: expected weights of a model of these settings, got others; give '
-                        'those that it was trained with') from None
+        raise UserError(f'{path}: expected weights of a model of these settings and of this '
+                        'model.py, got others') from None
 
 
 def write_config(config, about, **more):
@@ -564,25 +567,27 @@ def write_config(config, about, **more):
 
 def read_log(path):
     """The evaluations in a log.jsonl, oldest first; none where there is no file."""
-    try:
-        log = [json.loads(line) for line in read_text(path).splitlines()]
-        assert all({'iter', 'seconds', 'val_loss'} <= entry.keys() for entry in log)
-        return log
-    except (ValueError, AttributeError, AssertionError):
-        raise UserError(f'{path}: expected an evaluation a line, as train.py writes them, got '
-                        'others; --name= trains anew') from None
+    return [json.loads(line) for line in read_text(path).splitlines()]
 
 
 def make_folder(config):
-    """Make the folder of a run, and clear it of what a killed process left half-written."""
+    """Make the folder of a run, for this process alone, and clear it of what a killed one left
+    half-written. Returns the open file that holds the lock."""
     try:
         os.makedirs(config.folder, exist_ok=True)
+        lock = open(config.path('.lock'), 'w')
+        if fcntl and RANK == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f'{config.folder}: expected to be alone with this run, got another process '
+                        'that trains it') from None
     except OSError as error:
         raise UserError(f'out_dir: expected a folder to write to, got {config.out_dir!r}: '
                         f'{error.strerror}') from None
     for file in os.listdir(config.folder):
         if file.endswith('.part') and RANK == 0:
             os.remove(config.path(file))
+    return lock
 
 
 # -----------------------------------------------------------------------------
@@ -613,7 +618,7 @@ def fast_dtype(config, device):
         return 'bfloat16' if native else 'float16'
     rows = config.batch_size * config.block_size * config.top_k // config.n_expert
     fast = device.type == 'cpu' and bfloat16_gain(max(1, rows), config.n_embd, config.d_ffn) > 1.2
-    return 'bfloat16' if fast else 'float32'
+    return 'bfloat16' if any_process(fast) else 'float32'          # all with the same
 
 
 @functools.cache
@@ -694,17 +699,23 @@ def find_runs(out_dir):
             log = read_log(os.path.join(out_dir, folder, 'log.jsonl'))
             facts = {'name': config['name'], **config['shape'], 'seed': None,
                      'iter': log[-1]['iter'], 'diverged': config.get('diverged')}
-            _, seeds = groups.setdefault(json.dumps(facts), (facts, {}))
+            # what pictures and table need; a KeyError leaves the run out
+            [config[key] for key in ('total_parameters', 'active_parameters', 'seed')]
+            [log[-1][key] for key in ('load', 'ent_load', 'ent_conf', 'norm', 'class_load')]
+            [(entry['tokens'], entry['seconds'], entry['val_loss'] + 0.0) for entry in log]
+            _, seeds = groups.setdefault(json.dumps(facts, sort_keys=True), (facts, {}))
             seeds[config['seed']] = config, log                    # a seed counts once
-        except (UserError, ValueError, TypeError, KeyError, IndexError, OSError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, OSError) as error:
             tqdm.write(f'{folder} is left out: {error!r:.60}')
     runs = {}
     for facts, seeds in groups.values():
         others = [other for other, _ in groups.values() if other['name'] == facts['name']]
         differ = [f'{key} {value}' for key, value in facts.items()
                   if any(other.get(key) != value for other in others)]
-        label = f' ({", ".join(differ)})' if differ else ''
-        runs[facts['name'] + label] = list(seeds.values())
+        label = facts['name'] + (f' ({", ".join(differ)})' if differ else '')
+        while label in runs:             # 0.0 and -0.0
+            label += "'"
+        runs[label] = list(seeds.values())
     return runs
 
 

@@ -254,8 +254,8 @@ def bench_memory(bench, device, _):
 # a training step
 
 def make_step(config, device, compile=False):
-    """A new model, and a function that trains it by a step on tokens (B, S), as train.py does; it
-    calls mark(phase) where a phase begins."""
+    """A new model, and a function that trains it by a step on tokens (B, S), as train.py does, and
+    returns the loss; it calls mark(phase) where a phase begins."""
     torch.manual_seed(config.seed)
     with device:
         model = GPT(config)
@@ -273,6 +273,7 @@ def make_step(config, device, compile=False):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         mark('end')
+        return loss.detach()
     return model, step
 
 

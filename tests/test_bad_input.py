@@ -71,7 +71,7 @@ MISTAKES = {prepare_data: (
     (['--router=big'], "router: expected linear or large, got 'big'"),
     (['--select=best'], '--select: expected top_k or top_p or expert_choice'),
     (['--top_p=1.1'], 'top_p: expected more than 0 and at most 1, got 1.1'),
-    (['--capacity_factor=0'], 'capacity_factor: expected more than 0, got 0.0'),
+    (['--capacity_factor=0'], 'capacity_factor: expected a positive number, got 0.0'),
     (['--aux_weight=nan'], "--aux_weight: expected float, got 'nan'"),
     (['--conf_weight=-1'], 'conf_weight: expected 0 or more, got -1.0'),
     (['--vocab_size=7'], 'vocab_size: expected at least the'),
@@ -102,8 +102,10 @@ MISTAKES = {prepare_data: (
      'out/damaged/aoe/ckpt.pt: expected a checkpoint of this train.py'),
     (['--init_from=resume', '--out_dir=out/spoilt'],
      'out/spoilt/aoe/ckpt.pt: expected a checkpoint of this train.py'),
-    (['--init_from=resume', '--out_dir=out/no_log'],
-     'out/no_log/aoe/log.jsonl: expected an evaluation a line'),
+    (['--capacity_factor=1e999'], 'capacity_factor: expected a positive number, got inf'),
+    (['--batch_size=99999999999999'], 'batch_size: expected a positive number, got 99999999999999'),
+    (["--runs={None: {}, 'aoe': {}}"], 'runs: expected each once, got '),
+    (['--name=a|b'], "without $ or | and no _ first, got 'a|b'"),
     (['--init_from=resume', '--out_dir=out/trained', '--dataset=greek'],
      'expected what it was trained with, vocab_size = '),
     (['--init_from=resume', '--out_dir=out/trained', '--n_layer=3'], 'n_layer = 2 and not 3'),
@@ -117,11 +119,11 @@ MISTAKES = {prepare_data: (
      'runs, a: expected keys of one run, got n_layer, which all share'),
     (["--runs={'a': {'seed': 2}}"], 'runs, a: expected keys of one run, got seed, which all share'),
     (["--runs={'a': 2}"], 'runs, a: expected a dict of keys, got 2'),
-    (["--runs={1: {}}"], 'name: expected the name of a folder in out_dir, without $ and no _'),
+    (["--runs={1: {}}"], 'name: expected the name of a folder in out_dir, without $ or | and'),
     (["--runs={'../a': {}}"], "no _ first, got '../a'"),
     (['--name=x', '--mlp=aoe,moe'], 'and one alone with --name, got 2'),
     (['--name=results.jsonl'], 'name: expected the name of a folder in out_dir'),
-    (['--name=_x'], "without $ and no _ first, got '_x'"),
+    (['--name=_x'], "without $ or | and no _ first, got '_x'"),
     (['--init_from=auto', '--out_dir=out/no_ckpt'], 'expected its ckpt.pt to go on from'),
     (['--name=a/b'], "no _ first, got 'a/b'"),
     (['config/none.py'], "expected a config file such as config/shakespeare_cpu.py"),
@@ -192,7 +194,7 @@ def spoilt(workspace):
                 with open(f'data/{name}/{file}', 'wb') as written:
                     written.write(content)
         run_script('train.py', *SMALL, '--max_iters=1', '--out_dir=out/trained', cwd=workspace)
-        for name in ('damaged', 'spoilt', 'no_log', 'no_ckpt'):
+        for name in ('damaged', 'spoilt', 'no_ckpt'):
             shutil.copytree('out/trained', f'out/{name}')
         for file in ('ckpt.pt', 'best.pt'):
             os.truncate(f'out/damaged/aoe/{file}', 1000)
@@ -200,8 +202,6 @@ def spoilt(workspace):
         best = torch.load(f'{MODEL}/best.pt', weights_only=True)
         torch.save(best | {'shape': best['shape'] | {'n_embd': 64}}, f'{MODEL}/best.pt')
         os.remove('out/no_ckpt/aoe/ckpt.pt')
-        with open('out/no_log/aoe/log.jsonl', 'w', encoding='utf-8') as file:
-            file.write('what?\n')
     return workspace
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train
+from bench import make_step
 from conftest import SMALL, run_script, table_of
 from model import GPT, GPTConfig
 from test_model import VARIANTS, gradients, layer
@@ -20,28 +21,18 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def model_and_step(variant, **changes):
+def model_and_step(variant, compile=False, **changes):
     """A small model on the GPU, and a function for a step of training on it."""
-    torch.manual_seed(0)
-    shape = {'vocab_size': 84, 'n_layer': 2, 'n_embd': 64, 'd_ffn': 128}
-    model = GPT(GPTConfig(**shape | variant | changes)).cuda()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    idx = torch.randint(84, (16, 64), device='cuda')
-
-    def step(forward=model, dtype=torch.bfloat16):
-        with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
-            _, loss, routing = forward(idx, idx)
-        (loss + routing.aux_loss.sum()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-    return model, step
+    config = train.TrainConfig(**{'vocab_size': 84, 'n_layer': 2, 'n_embd': 64, 'd_ffn': 128,
+                                  'dtype': 'bfloat16'} | variant | changes)
+    model, step = make_step(config, torch.device('cuda'), compile)
+    idx = torch.randint(84, (config.batch_size, config.block_size), device='cuda')
+    return model, lambda: step(idx)
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('variant', VARIANTS, ids=str)
-def test_lean_equals_plain(variant, dtype):
+def test_fast_equals_plain(variant, dtype):
     results, distance = [], 1e-4 if dtype == torch.float32 else 0.03
     for plain in (True, False):
         m = layer(plain=plain, aux_weight=0.1, **variant).float().cuda()
@@ -96,16 +87,16 @@ def test_a_compiled_step_gives_the_same_losses(variant):
     losses = []
     for compiled in (False, True):
         torch.compiler.reset()
-        model, step = model_and_step(variant)
-        forward = torch.compile(model) if compiled else model
-        losses.append([step(forward).item() for _ in range(4)])
+        _, step = model_and_step(variant, compiled)
+        losses.append([step().item() for _ in range(4)])
     assert losses[0] == pytest.approx(losses[1], abs=0.02)
 
 
 def test_aoe_needs_less_memory_than_moe():
     peak = {}
     for mlp in ('moe', 'aoe'):
-        _, step = model_and_step({'mlp': mlp}, n_embd=384, n_head=6, d_ffn=1536, n_layer=4)
+        _, step = model_and_step({'mlp': mlp}, n_embd=384, n_head=6, d_ffn=1536, n_layer=4,
+                                 block_size=1024)
         step()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

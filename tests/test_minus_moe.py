@@ -195,8 +195,8 @@ def main(arguments):
         return print(__doc__.strip())
     results = read_results(arguments[0])
     if not results:
-        raise UserError(f'{arguments[0]}: expected a results.jsonl of this train.py, got another file, '
-                        'or none')
+        raise UserError(f'{arguments[0]}: expected a results.jsonl of this train.py, got another '
+                        'file, or none')
     found = differences(results)
     rows = [('variant', 'seeds', 'validation loss', 'minus moe', 'seeds ahead',
              'Ent_load by layer', 'Ent_conf by layer', 'norms, max / min')]

@@ -226,6 +226,24 @@ EDITS = {
 }
 
 
+@pytest.mark.parametrize('tokens', (1, 70, 300))
+@pytest.mark.parametrize('mlp', SPARSE)
+def test_any_token_may_have_nobody(mlp, tokens):
+    """All, none or some of them, under any rule: fast equals plain, and h is 0 for nobody's."""
+    for select, share in itertools.product(('top_k', 'top_p'), (0.0, 0.02, 0.5, 1.0)):
+        found = []
+        for plain in (True, False):
+            m = layer(mlp, plain, select=select, n_expert=4)
+            torch.manual_seed(int(100 * share))
+            nobody = torch.rand(tokens, 4 if select == 'top_p' else 2) < share
+            m.choose = lambda p, m=m, nobody=nobody: type(m).choose(m, p).masked_fill(nobody, -1)
+            x = torch.randn(tokens, 16, dtype=torch.float64, requires_grad=True)
+            h, routing = m(x)
+            assert not h[(routing.chosen < 0).all(1)].any()
+            found.append((h, gradients(m, x, h, routing.aux_loss)))
+        assert_equal(*found, rtol=1e-9, atol=1e-11)
+
+
 def edited(old, new):
     """model.py with another text in one place, as a module of its own."""
     with open(os.path.join(ROOT, 'model.py'), encoding='utf-8') as file:
@@ -290,7 +308,7 @@ def test_rows_hold_every_pair_once_in_the_part_of_its_expert():
     rows = sort_by_expert(I, 4, leave_out=False)
     ends = rows.ends.tolist()
     assert all(end % 9 == 0 for end in ends)                       # 600 pairs // 4 experts // 16
-    assert ends[-1] == len(rows.token) == len(rows.expert) == 630  # (600 + 4 * 8) // 9 * 9
+    assert ends[-1] == len(rows.token) == len(rows.expert) == 639  # the 9s that hold 600 + 4 * 8
     assert len(set(rows.row.flatten().tolist())) == 600
     for t, k in itertools.product(range(300), range(2)):
         row = rows.row[t, k]

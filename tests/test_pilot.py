@@ -4,7 +4,7 @@ each token the K experts go on that have the largest norm at an inner node; the
 router only weights them. No weight changes.
 
     python train.py config/paper_table2.py --seeds=1           # trains some
-    python tests/test_pilot.py "out/paper_table2/moe*-1"
+    python tests/test_pilot.py out/paper_table2/moe*-1
 
 The arguments are folders of runs with --mlp=moe, or patterns of them. Prints the
 validation loss of each choice, its mean and standard deviation where a run has
@@ -100,35 +100,35 @@ def compare_with_a_loop(node, order, factorised):
     torch.testing.assert_close(m(x)[0], torch.stack(slow), rtol=1e-10, atol=1e-10)
 
 
-def test_the_script_evaluates_every_choice_and_refuses_what_it_cannot_average(workspace):
+def test_the_script_evaluates_every_choice_and_refuses_what_it_cannot_average(
+        workspace, refuse, monkeypatch, capsys):
     from conftest import SMALL, run_script, table_of
     for out_dir, *more in (('pilot', '--mlp=moe,aoe', '--seeds=1,2'),
-                           ('other', '--mlp=moe', '--seeds=3', '--learning_rate=1e-3'),
+                           ('rate', '--mlp=moe', '--seeds=3', '--learning_rate=1e-3'),
                            ('long', '--mlp=moe', '--seeds=3', '--max_iters=30',
                             '--lr_decay_iters=20')):
         run_script('train.py', *SMALL, f'--out_dir=out/{out_dir}', *more, cwd=workspace)
-    printed = run_script('tests/test_pilot.py', 'out/pilot/moe-*', cwd=workspace).stdout
-    table = table_of(printed)
+    monkeypatch.chdir(workspace)
+    main(['out/pilot/moe-*'])
+    table = table_of(capsys.readouterr().out)
     assert table.pop('chosen by') == ['moe']
     assert len(table) == 17 and len({loss for loss, in table.values()}) > 4
-    lowest = [min(entry['val_loss'] for entry in train.read_log(
-        workspace / f'out/pilot/moe-{seed}/log.jsonl')) for seed in (1, 2)]
+    lowest = [min(entry['val_loss'] for entry in train.read_log(f'out/pilot/moe-{seed}/log.jsonl'))
+              for seed in (1, 2)]
     assert table['router'] == [train.mean_and_spread(lowest)]
-    for more, says in (('out/pilot/aoe-1', 'got aoe'), ('out/none', 'got no file out/none/best.pt'),
-                       ('out/pilot/moe-[12]', 'pilot/moe-1: expected another seed than 1 of moe'),
-                       ('out/other/moe-3', 'expected what moe was trained with before, got another'
-                        ' learning_rate, min_lr'),
-                       ('out/long/moe-3', 'got another iter')):
-        process = run_script('tests/test_pilot.py', 'out/pilot/moe-1', more, cwd=workspace,
-                             check=False)
-        assert process.returncode == 2 and says in process.stderr, process.stderr
-    assert 'python tests/test_pilot.py' in run_script('tests/test_pilot.py', '--help',
-                                                      cwd=workspace).stdout
+    for folder, says in (('out/pilot/aoe-1', 'expected a run with --mlp=moe, got aoe'),
+                         ('out/none', 'got no file out/none/best.pt'),
+                         ('out/pilot/moe-[12]', 'moe-1: expected another seed of moe, got 1 again'),
+                         ('out/rate/moe-3', 'got another learning_rate, min_lr'),
+                         ('out/long/moe-3', 'got another iter')):
+        assert says in refuse(main, 'out/pilot/moe-1', folder)
+    main(['--help'])
+    assert 'python tests/test_pilot.py' in capsys.readouterr().out
 
 
 def read_runs(folders):
-    """Run name -> [(TrainConfig, checkpoint)], one for each seed. Refuses, with a UserError, what is
-    no moe, and what cannot be averaged."""
+    """Run name -> [(TrainConfig, checkpoint)], one for each seed. Refuses, with a UserError, what
+    is no moe, and what cannot be averaged."""
     runs, first = {}, {}
     for folder in folders:
         checkpoint = train.load_checkpoint(os.path.join(folder, 'best.pt'), 'cpu')
@@ -137,19 +137,22 @@ def read_runs(folders):
             name, seed, dataset = about['name'], about['seed'], about['dataset']
             kind = {**about['shape'], 'seed': None, 'iter': about['iter']}
         except (ValueError, TypeError, KeyError):
-            raise UserError(f'{folder}: expected its config.json of this train.py, got another, or '
+            raise UserError(f'{folder}: expected a config.json of this train.py, got another, or '
                             'none') from None
         if kind['mlp'] != 'moe':
             raise UserError(f'{folder}: expected a run with --mlp=moe, got {kind["mlp"]}')
-        differ = [key for key, value in first.setdefault(name, kind).items() if value != kind[key]]
+        was = first.setdefault(name, kind)
+        differ = [key for key in was | kind if was.get(key) != kind.get(key)]
         if differ:
-            raise UserError(f'{folder}: expected what {name} was trained with before, got another '
-                            f'{", ".join(differ)}')
-        if seed in [config.seed for config, _ in runs.setdefault(name, [])]:
-            raise UserError(f'{folder}: expected another seed than {seed} of {name}, got it twice')
-        known = {field.name for field in dataclasses.fields(train.Recipe)} & checkpoint['shape'].keys()
-        runs[name].append((build(train.TrainConfig, {'name': name, 'dataset': dataset} | {
-            key: checkpoint['shape'][key] for key in known}), checkpoint))
+            raise UserError(f'{folder}: expected settings as in the folder of {name} before, got '
+                            f'another {", ".join(differ)}')
+        seeds = runs.setdefault(name, [])
+        if seed in [config.seed for config, _ in seeds]:
+            raise UserError(f'{folder}: expected another seed of {name}, got {seed} again')
+        recipe = {field.name for field in dataclasses.fields(train.Recipe)}
+        settings = {key: value for key, value in checkpoint['shape'].items() if key in recipe}
+        config = build(train.TrainConfig, {**settings, 'name': name, 'dataset': dataset})
+        seeds.append((config, checkpoint))
     return runs
 
 
@@ -157,6 +160,9 @@ def evaluate(config, checkpoint, scores):
     """The validation loss with experts chosen by the scores of CHOICES; None: by the router."""
     device = train.choose_device(config.device)
     data = train.Data(config, device)
+    if not data.meta['sha256'].startswith(checkpoint['shape']['sha256']):
+        raise UserError(f'{config.dataset}: expected the text that the run was trained on, got '
+                        'another')
     torch.manual_seed(config.seed)                                 # of the random choice
     model = GPT(config).to(device)
     model.load_state_dict(checkpoint['model'])
@@ -171,7 +177,8 @@ def evaluate(config, checkpoint, scores):
 def main(arguments):
     if {'-h', '--help'} & set(arguments):
         return print(__doc__.strip())
-    folders = [folder for pattern in arguments for folder in sorted(glob.glob(pattern)) or [pattern]]
+    folders = [folder for pattern in arguments
+               for folder in sorted(glob.glob(pattern)) or [pattern]]
     if not folders:
         raise UserError('expected folders of runs, such as out/paper_table2/moe-1, got none')
     runs = read_runs(folders)

@@ -46,7 +46,8 @@ def test_three_variants_leave_logs_checkpoints_pictures_and_a_table(trained):
     table = table_of(printed)
     assert list(table) == ['run', *sorted(VARIANTS)]
     for mlp in VARIANTS:
-        assert sorted(os.listdir(out / mlp)) == ['best.pt', 'ckpt.pt', 'config.json', 'log.jsonl']
+        assert sorted(os.listdir(out / mlp)) == [
+            '.lock', 'best.pt', 'ckpt.pt', 'config.json', 'log.jsonl']
         log = log_of(out / mlp)
         assert [entry['iter'] for entry in log] == [0, 10, 20]
         assert [entry['tokens'] for entry in log] == [0, 1280, 2560]

@@ -22,6 +22,7 @@ from conftest import ROOT, SMALL, run_script, table_of
 from model import MLPS, GPTConfig
 from train import load_checkpoint, read_log
 
+FILES = ['.lock', 'best.pt', 'ckpt.pt', 'config.json', 'log.jsonl']
 RULES = {'top_k': [], 'top_p': ['--select=top_p', '--conf_weight=1e-3'],
          'expert_choice': ['--select=expert_choice']}
 
@@ -142,7 +143,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(train_here, workspace):
     assert process.returncode == 2 and 'Traceback' not in process.stderr
     assert line.startswith('error: out/full/moe/') and 'Is the disk full?' in line
     assert equal(weights('out/full/moe/ckpt.pt'), before)
-    assert sorted(os.listdir('out/full/moe')) == ['best.pt', 'ckpt.pt', 'config.json', 'log.jsonl']
+    assert sorted(os.listdir('out/full/moe')) == FILES
     log = train_here('--mlp=moe', '--out_dir=out/full', '--init_from=resume')
     assert [entry['iter'] for entry in log] == [0, 10, 20]
 
@@ -204,6 +205,15 @@ def test_a_run_that_another_process_has_trained_is_left_as_it_is(train_here, mon
     assert [entry['iter'] for entry in read_log('out/other/dense/log.jsonl')] == [0, 7]
 
 
+def test_two_processes_never_train_one_run(train_here, refuse):
+    os.makedirs('out/both/aoe')
+    lock = train.make_folder(train.TrainConfig(out_dir='out/both'))
+    line = refuse(train.main, *SMALL, '--mlp=aoe', '--out_dir=out/both')
+    assert 'out/both/aoe: expected to be alone with this run' in line
+    lock.close()
+    train_here('--mlp=aoe', '--out_dir=out/both', '--max_iters=1')
+
+
 @pytest.fixture
 def rows(train_here, capsys):
     """rows(out_dir, *arguments) trains there; returns the table's first column and its losses."""
@@ -251,11 +261,9 @@ def test_a_run_keeps_the_dtype_that_auto_has_taken(train_here, monkeypatch):
     assert load_checkpoint('out/other_side/dense/ckpt.pt', 'cpu')['shape']['dtype'] == 'float32'
 
 
-def test_other_code_is_told_of_and_not_averaged(rows, train_here, monkeypatch, capsys, tmp_path):
+def test_other_code_is_told_of_and_not_averaged(rows, train_here, monkeypatch, capsys):
     def code(text):
-        path = tmp_path / 'model.py'
-        path.write_text(text)
-        monkeypatch.setattr(train.model_file, '__file__', str(path))
+        monkeypatch.setattr(train, 'MODEL_HASH', text)
     code('one')
     rows('out/edited', '--seeds=1', '--max_iters=10', '--lr_decay_iters=20')
     code('two')
@@ -568,7 +576,7 @@ def test_a_run_that_is_killed_twenty_times_ends_like_one_that_is_not(workspace):
     assert [entry['iter'] for entry in whole] == list(range(0, 601, 20))
     assert killed == whole
     assert equal(weights(folder / 'ckpt.pt'), weights(workspace / 'out/undisturbed/aoe/ckpt.pt'))
-    assert sorted(os.listdir(folder)) == ['best.pt', 'ckpt.pt', 'config.json', 'log.jsonl']
+    assert sorted(os.listdir(folder)) == FILES
 
 
 def while_writing_a_file(folder):
