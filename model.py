@@ -297,6 +297,11 @@ def rotate(x, cos, sin):
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1).type_as(x)
 
 
+def summed_loss(logits, targets):
+    """Cross-entropy of some tokens, whose logits in float32 are large: never of a whole batch."""
+    return F.cross_entropy(at_least_float32(logits), targets, reduction='sum')
+
+
 class CausalSelfAttention(nn.Module):
     """Every position attends to itself and those before it."""
 
@@ -410,7 +415,8 @@ class GPT(nn.Module):
         logits = self.head(self.norm(x))                           # (B, S, vocab_size)
         loss = None
         if targets is not None:
-            loss = F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten())
+            pieces = zip(logits.flatten(0, 1).split(2048), targets.flatten().split(2048))
+            loss = sum(recomputed(summed_loss, *piece) for piece in pieces) / targets.numel()
         if self.config.mlp == 'dense':
             return logits, loss, Routing(*(x.new_empty(0) for _ in Routing._fields))
         return logits, loss, Routing(*map(torch.stack, zip(*routings)))

@@ -420,7 +420,7 @@ def train(config, stop):
             if WORLD_SIZE > 1:                                     # average with the last one
                 forward.require_backward_grad_sync = micro_step == micro_steps[-1]
             with autocast:
-                _, loss, routing = forward(idx, targets)
+                loss, routing = forward(idx, targets)[1:]          # logits are not held
             scaler.scale((loss + routing.aux_loss.sum()) / len(micro_steps)).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)

@@ -12,7 +12,9 @@ n_expert = 8
 top_k = 2
 d_ffn = 1024
 
-batch_size = 64
+batch_size = 32
+gradient_accumulation_steps = 2          # 64 sequences, in halves: M1 and M2 multiply 32,767 rows
+                                         # or more wrongly (PyTorch issue 195163); K is 2
 max_iters = 5000
 learning_rate = 1e-3
 warmup_iters = 100

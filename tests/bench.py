@@ -266,7 +266,7 @@ def make_step(config, device, compile=False):
     def step(idx, mark=lambda phase: None):
         mark('forward')
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            _, loss, routing = forward(idx, idx)
+            loss, routing = forward(idx, idx)[1:]
         (loss + routing.aux_loss.sum()).backward()
         mark('optimizer')
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)

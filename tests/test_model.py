@@ -541,6 +541,18 @@ def test_aux_loss_stays_out_of_the_loss_and_balances(mlp):
     assert model(idx)[2].aux_loss[0].item() < before
 
 
+def test_the_loss_in_pieces_is_the_mean_over_all_tokens():
+    torch.manual_seed(0)
+    model = GPT(small_config('dense', block_size=700)).double()
+    idx, targets = torch.randint(11, (2, 3, 700))                  # 2,100 tokens: two pieces
+    logits, loss, _ = model(idx, targets)
+    whole = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss, whole, rtol=1e-12, atol=0)
+    for a, b in zip(*(torch.autograd.grad(l, model.parameters(), retain_graph=True)
+                      for l in (loss, whole))):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize('mlp', SPARSE)
 def test_the_model_stacks_the_facts_of_its_layers(mlp):
     torch.manual_seed(0)
