@@ -616,8 +616,10 @@ def fast_dtype(config, device):
     if device.type == 'cuda':            # T4 and V100 have float16 alone
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return 'bfloat16' if native else 'float16'
-    rows = config.batch_size * config.block_size * config.top_k // config.n_expert
-    fast = device.type == 'cpu' and bfloat16_gain(max(1, rows), config.n_embd, config.d_ffn) > 1.2
+    # an expert's matmuls, but none so small that its time is all overhead
+    rows = max(256, config.batch_size * config.block_size * config.top_k // config.n_expert)
+    D, d = max(96, config.n_embd), max(384, config.d_ffn)
+    fast = device.type == 'cpu' and bfloat16_gain(rows, D, d) > 1.2
     return 'bfloat16' if any_process(fast) else 'float32'          # all with the same
 
 

@@ -11,7 +11,7 @@ import configurator
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = ['--n_layer=2', '--n_embd=32', '--n_head=2', '--d_ffn=48', '--n_expert=4',
          '--block_size=16', '--batch_size=8', '--max_iters=20', '--eval_interval=10',
-         '--eval_iters=2', '--warmup_iters=5', '--dataset=code']
+         '--eval_iters=2', '--warmup_iters=5', '--dataset=code', '--dtype=float32']
 
 
 def pytest_configure(config):

@@ -252,12 +252,13 @@ def test_only_what_is_alike_and_equally_far_is_averaged(rows, code_text):
 
 
 def test_a_run_keeps_the_dtype_that_auto_has_taken(train_here, monkeypatch):
+    auto = ['--mlp=dense', '--dtype=auto']
     monkeypatch.setattr(train, 'bfloat16_gain', lambda *shape: 2.0)
-    train_here('--mlp=dense', '--out_dir=out/kept', '--max_iters=10', '--lr_decay_iters=20')
+    train_here(*auto, '--out_dir=out/kept', '--max_iters=10', '--lr_decay_iters=20')
     monkeypatch.setattr(train, 'bfloat16_gain', lambda *shape: 0.5)
-    train_here('--mlp=dense', '--out_dir=out/kept', '--init_from=resume')
+    train_here(*auto, '--out_dir=out/kept', '--init_from=resume')
     assert load_checkpoint('out/kept/dense/ckpt.pt', 'cpu')['shape']['dtype'] == 'bfloat16'
-    train_here('--mlp=dense', '--out_dir=out/other_side')
+    train_here(*auto, '--out_dir=out/other_side')
     assert load_checkpoint('out/other_side/dense/ckpt.pt', 'cpu')['shape']['dtype'] == 'float32'
 
 
