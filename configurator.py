@@ -118,7 +118,8 @@ def check_type(cls, key, value, where='--'):
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
         hint = f'did you mean {near[0]}?' if near else '--help lists the keys'
-        hint += " (a config file's own names begin with _)" * where.endswith('.py: ')
+        if where.endswith('.py: '):
+            hint += " (a config file's own names begin with _)"
         raise UserError(f'{where}{key}: no such key; {hint}')
 
     expected = known[key]

@@ -236,7 +236,7 @@ def load_meta(folder):
     """The meta.json of a data set. Raises UserError where it is missing or damaged."""
     path, name = os.path.join(folder, 'meta.json'), os.path.basename(folder).removesuffix('_gpt2')
     command = f'python prepare_data.py {name if name in NAMED else "FILE"}'
-    command += ' --tokenizer=gpt2' * folder.endswith('_gpt2')
+    command += ' --tokenizer=gpt2' if folder.endswith('_gpt2') else ''
     try:
         with open(path, encoding='utf-8') as file:
             meta = json.load(file)
@@ -285,10 +285,11 @@ def name_and_source(paths, config):
                         f'--name=, got {len(paths)}: {" ".join(paths):.80}')
     stem = os.path.splitext(os.path.basename(os.path.abspath(first)))[0]
     sources = {name: source for name, (source, _) in CORPORA.items()} | {'openwebtext': config.hub}
-    source = config.input or sources.get(first) or first + f' and {len(paths) - 1} more' * several
+    more = f' and {len(paths) - 1} more' if several else ''
+    source = config.input or sources.get(first) or first + more
     if config.max_docs:
         source += f', at most {config.max_docs:,} documents'
-    return config.name or stem + '_gpt2' * (config.tokenizer == 'gpt2'), source
+    return config.name or (stem + '_gpt2' if config.tokenizer == 'gpt2' else stem), source
 
 
 def check_same(folder, paths, source, config):

@@ -168,7 +168,7 @@ def main(arguments):
     if config.show_experts:
         path, score = os.path.join(folder, 'experts.html'), 'norm' if mlp == 'aoe' else 'logit'
         write_text(path, experts_page(folder, texts, routing, score))
-        print(f'\nall layers{" of the last text" * (config.num_samples > 1)}: {path}')
+        print(f'\nall layers of the last text: {path}')
 
 
 if __name__ == '__main__':

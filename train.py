@@ -376,7 +376,7 @@ def train(config, stop):
         return
     lock = make_folder(c)                                          # held until the run has ended
 
-    loss, micro_steps = 0.0, range(RANK, c.gradient_accumulation_steps, WORLD_SIZE)
+    loss, micro_steps = torch.zeros(()), range(RANK, c.gradient_accumulation_steps, WORLD_SIZE)
     tokens_per_iter = c.gradient_accumulation_steps * c.batch_size * c.block_size
     bar = tqdm(total=c.max_iters * tokens_per_iter, initial=at['iter'] * tokens_per_iter,
                desc=c.name, unit='tok', unit_scale=True, dynamic_ncols=True,
@@ -398,8 +398,8 @@ def train(config, stop):
                                 'lr': learning_rate_at(at['iter'], c)})
                 save(c, 'ckpt.pt', model, data, shape, at={**at, 'log': log},
                      optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-                best = min(log, key=lambda entry: entry['val_loss'])
-                if best['iter'] == at['iter']:
+                losses = {entry['iter']: entry['val_loss'] for entry in log}
+                if losses and losses.get(at['iter']) == min(losses.values()):
                     save(c, 'best.pt', model, data, shape)
                 write_text(c.path('log.jsonl'), ''.join(json.dumps(e) + '\n' for e in log))
                 write_config(c, about, iter=at['iter'])
@@ -441,12 +441,12 @@ def train(config, stop):
 
 def refuse_not_finite(config, model, iteration, loss, about):
     """Raise Diverged if the last loss, or a weight, is not finite, and note it in config.json."""
-    if all(p.isfinite().all() for p in model.parameters()) and math.isfinite(loss):
+    if all(x.isfinite().all() for x in (loss, *model.parameters())):
         return
     if RANK == 0:
         write_config(config, about, diverged=iteration)
     raise Diverged(f'{config.folder}: expected finite numbers, got others by iteration '
-                   f'{iteration}, where the loss is {float(loss):.4f}. ckpt.pt is from before. '
+                   f'{iteration}, where the loss is {loss.item():.4f}. ckpt.pt is from before. '
                    f'Train anew with --name=, below --learning_rate={config.learning_rate:g}')
 
 

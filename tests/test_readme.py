@@ -61,6 +61,8 @@ def test_every_command_runs_shortened(tmp_path, code_text):
             arguments += ['--init_from=auto'] * ('eval_only' not in command)
             if re.search('paper|lab', command) and '--seeds' not in command:
                 arguments += ['--seeds=1']
+            if 'learning_rate.py' in command:            # 42 runs
+                arguments += ['--mlp=aoe,moe']
         if 'pilot' in script:
             arguments = [folder for folder in arguments if (tmp_path / folder).exists()]
         processes = 2 if program == 'torchrun' else 1

@@ -108,7 +108,7 @@ def test_show_experts_on_the_command_line(workspace, refuse, monkeypatch):
     text = ''.join(printed[:-2:2]).replace('\u00b6', '\n')
     assert text.split() == plain.split() and max(map(len, printed)) <= 80
     assert all(set(line) <= set('0123 ') for line in printed[1:-2:2])
-    assert printed[-1] == 'all layers: out/shown/moe/experts.html'
+    assert printed[-1] == 'all layers of the last text: out/shown/moe/experts.html'
     parser = Spans()
     parser.feed((workspace / 'out/shown/moe/experts.html').read_text(encoding='utf-8'))
     assert len(parser.spans) == 2 * (len('import') + 30)

@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -203,6 +204,15 @@ def test_a_run_that_another_process_has_trained_is_left_as_it_is(train_here, mon
         train.main([*SMALL, '--mlp=moe,dense', '--out_dir=out/other'])
     assert 'another process has trained it; left as it is' in capsys.readouterr().out
     assert [entry['iter'] for entry in read_log('out/other/dense/log.jsonl')] == [0, 7]
+
+
+def test_a_stop_before_the_first_evaluation_loses_nothing(train_here):
+    stop = threading.Event()
+    stop.set()
+    arguments = ['--mlp=moe', '--out_dir=out/at_once']
+    values, _ = configurator.parse(train.TrainConfig, [*SMALL, *arguments], '')
+    train.train(train.plan_runs({}, values)[0], stop)
+    assert [entry['iter'] for entry in train_here(*arguments, '--init_from=resume')] == [0, 10, 20]
 
 
 def test_two_processes_never_train_one_run(train_here, refuse):
