@@ -61,8 +61,7 @@ with open(model_file.__file__, 'rb') as file:            # as it was imported, w
 
 @dataclass
 class Recipe(GPTConfig):
-    """The keys that shape a result: the model's, then these. With the machine's kind, the data and
-    the code (shape_of) they tell one result from another."""
+    """The keys that shape a result: the model's, then these. (shape_of adds data and machine.)"""
     # training
     batch_size: int = 16                 # sequences of block_size tokens, in the model at once
     gradient_accumulation_steps: int = 1   # batches an iteration (L_aux, expert_choice: one by one)
@@ -110,9 +109,8 @@ class TrainConfig(Recipe):
         expect(self, 'batch_size gradient_accumulation_steps eval_interval eval_iters log_interval'
                ' max_iters learning_rate lr_decay_iters threads', 'a positive number',
                lambda n: 0 < n < 2**31)
-        expect(self, 'min_lr warmup_iters weight_decay grad_clip seed', '0 or more',
-               lambda n: n >= 0)
-        expect(self, 'seed', 'a number below 2^63', lambda seed: seed < 2**63)
+        expect(self, 'min_lr warmup_iters weight_decay grad_clip seed', '0 or more, below 2^63',
+               lambda n: 0 <= n < 2**63)
         expect(self, 'gradient_accumulation_steps', f'a multiple of the {WORLD_SIZE} processes, '
                'which share them', lambda n: n % WORLD_SIZE == 0)
         expect(self, 'threads', f'at most the {os.cpu_count()} of this machine',
@@ -143,37 +141,31 @@ def plan_runs(from_file, from_line):
         raise UserError('seed: expected seed or seeds, got both')
     if runs is None or 'mlp' in from_line:
         mlps = values.pop('mlp', TrainConfig.mlp).split(',')
-        expect_once('mlp', mlps)
-        runs = {mlp: {'mlp': mlp} for mlp in mlps}
+        runs = [(mlp, {'mlp': mlp}) for mlp in mlps]
+    else:
+        runs = list(runs.items())
     if not runs or only is not None and len(runs) > 1:
         raise UserError(f'runs: expected one at least, and one alone with --name, got {len(runs)}')
     if only is not None:
-        runs = {only: next(iter(runs.values()))}
-    expect_once('seeds', seeds or ())
+        runs = [(only, runs[0][1])]
     shared = {'runs', 'name', 'seed', 'seeds', 'out_dir'} | from_line.keys() - {'mlp'}
 
-    variants = {}
-    for name, differs in runs.items():
-        if not isinstance(differs, dict):
-            raise UserError(f'runs, {name}: expected a dict of keys, got {differs!r}')
-        variants[name] = {key: check_type(TrainConfig, key, value, f'runs, {name}: ')
-                          for key, value in differs.items()}
-        for key in shared & differs.keys():
-            raise UserError(f'runs, {name}: expected keys of one run, got {key}, which all share')
     planned = []
     for seed in seeds or [values.get('seed', TrainConfig.seed)]:
         seed = check_type(TrainConfig, 'seed', seed, 'seeds, ')
-        for name, differs in variants.items():
-            own = {'name': name, 'seed': seed}
-            planned.append(build(TrainConfig, values | differs | own))
-    expect_once('runs', [run.folder for run in planned])
+        for name, differs in runs:
+            where = f'runs, {name}: '
+            if not isinstance(differs, dict):
+                raise UserError(f'{where}expected a dict of keys, got {differs!r}')
+            own = {key: check_type(TrainConfig, key, differs[key], where) for key in differs}
+            for key in shared & own.keys():
+                raise UserError(f'{where}expected keys of one run, got {key}, which all share')
+            planned.append(build(TrainConfig, values | own | {'name': name, 'seed': seed}))
+    folders = [run.folder for run in planned]
+    if len(set(folders)) < len(folders):
+        raise UserError('runs, mlp, seeds: expected each once, got two runs for '
+                        + max(folders, key=folders.count))
     return planned
-
-
-def expect_once(key, values):
-    twice = [value for value in values if list(values).count(value) > 1]
-    if twice:
-        raise UserError(f'{key}: expected each once, got {twice[0]} twice')
 
 
 # -----------------------------------------------------------------------------
@@ -491,8 +483,7 @@ CODE = ('device', 'torch', 'model.py')   # may change on the way: then it is 'th
 
 
 def settle(config, device, data, before):
-    """Decide what the configuration leaves open: as in `before`, the checkpoint of a run that goes
-    on, or what fits here."""
+    """Decide what the configuration leaves open; as in `before`, a checkpoint, if there is one."""
     c, was = config, before['shape'] if before else {}
     c.vocab_size = c.vocab_size or data.meta['vocab_size']
     c.lr_decay_iters = c.lr_decay_iters or was.get('lr_decay_iters') or c.max_iters
@@ -509,9 +500,8 @@ def shape_of(config, device, data):
 
 
 def refuse_another_shape(config, shape, before):
-    """Raise UserError where a run goes on with another recipe or other data than `before`, its
-    checkpoint; an evaluation alone may have another recipe. Returns the shape from now on: other
-    code is told of and noted."""
+    """Raise UserError where a run goes on with another recipe or other data than in `before`, its
+    checkpoint, unless it is only evaluated. Returns its shape: with other code, of both codes."""
     path, shape = config.path('ckpt.pt'), dict(shape)
     was = {field.name: field.default for field in dataclasses.fields(Recipe)} | before['shape']
     for key in CODE:
@@ -524,9 +514,7 @@ def refuse_another_shape(config, shape, before):
     if differ and (not config.eval_only or was['tokenizer'] != shape['tokenizer']):
         raise UserError(f'{path}: expected what it was trained with, {", ".join(differ)}; '
                         'leave it so, or train anew with --name=')
-    if differ:
-        tqdm.write(f'{config.folder}: trained with {", ".join(differ)}')
-    elif config.max_iters < before['at']['iter'] and not config.eval_only:
+    if config.max_iters < before['at']['iter'] and not config.eval_only:
         raise UserError(f'max_iters: expected at least the {before["at"]["iter"]} iterations that '
                         f'{path} has, got {config.max_iters}; --name= trains anew')
     return shape
@@ -885,9 +873,7 @@ def print_table(out_dir):
                             'shape': config['shape']})
     print()
     print_rows(table)
-    experts = sorted({seeds[0][0]['shape']['n_expert'] for seeds in runs.values()})
-    at_most = ', '.join(f'{math.log(E):.3f} of {E} experts' for E in experts)
-    print(f'\nval loss: the lowest; Ent_load: at most ln E, {at_most}\npictures in {out_dir}')
+    print(f'\nval loss: the lowest; Ent_load: ln E where all is even; pictures in {out_dir}')
     write_text(os.path.join(out_dir, 'results.jsonl'),
                ''.join(json.dumps(result) + '\n' for result in results))
 
