@@ -156,7 +156,7 @@ class SparseMLP(nn.Module):
         C (T, E, d_low): every x Wdown_i, where the experts have looked; a whole gate needs none.
         """
         if self.config.factorised and C is None:                   # a router chose: look now
-            C = recomputed(self.look_through, self.w_down, x)
+            C = self.look_through(self.w_down, x)
         if not self.config.plain:
             return all_at_once(self, x, I, w, C)                   # by default, the same faster
         h = torch.zeros_like(x)
@@ -182,13 +182,14 @@ class SparseMLP(nn.Module):
         return Routing(p.detach(), I, w.detach(), loss)
 
     def active_parameters(self):
-        """Those that the computation of one token touches: what scores it, and of the rest the
-        share of the experts that handle it: on average with expert_choice, at most with top_p."""
+        """Those that the computation of one token touches: what every token meets, and of the rest
+        the share of the experts that handle it: on average with expert_choice, at most with top_p.
+        """
         handle = {'top_k': self.config.top_k, 'top_p': self.config.n_expert,
                   'expert_choice': min(self.config.capacity_factor, self.config.n_expert)}
         share = handle[self.config.select] / self.config.n_expert
-        scoring = self.scoring_parameters()
-        return round(scoring + share * (parameters_of(self) - scoring))
+        everyones = self.parameters_of_every_token()
+        return round(everyones + share * (parameters_of(self) - everyones))
 
 
 class MoE(SparseMLP):
@@ -218,9 +219,10 @@ class MoE(SparseMLP):
         with torch.autocast(x.device.type, enabled=False):         # scores are float32 at least
             return at_least_float32(x) @ at_least_float32(self.router)
 
-    def scoring_parameters(self):
+    def parameters_of_every_token(self):
         router_in = self.router_in.numel() if self.config.router == 'large' else 0
-        return router_in + self.router.numel()
+        w_down = self.w_down.numel() if self.config.factorised else 0          # all C_i are found
+        return router_in + self.router.numel() + w_down
 
 
 class AoE(SparseMLP):
@@ -247,7 +249,7 @@ class AoE(SparseMLP):
             return self.w_down
         return self.w_g[:, :, :self.config.d_judge].transpose(0, 1).flatten(1)
 
-    def scoring_parameters(self):
+    def parameters_of_every_token(self):
         return self.down().numel()                                 # all experts look at every token
 
 

@@ -490,6 +490,10 @@ def test_parameters_and_flops_by_hand():
     assert aoe.active_parameters() == norms + matrices             # all E evaluate
     assert aoe.flops_per_token() == 6 * matrices + 12 * L * S * D
 
+    factorised = GPT(small_config('moe', factorised=True))         # all C_i are found here, too
+    matrices = attention + head + L * (D * E + D * E * d_low + K * (d_low * wide + 2 * D * wide))
+    assert factorised.active_parameters() == norms + matrices
+
     whole = GPT(small_config('aoe', factorised=False))
     matrices = attention + head + L * ((E - K) * D * d_low + K * 3 * D * d)
     assert whole.active_parameters() == norms + matrices
