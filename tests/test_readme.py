@@ -64,7 +64,7 @@ def test_every_command_runs_shortened(tmp_path, code_text):
             if 'learning_rate.py' in command:            # 42 runs
                 arguments += ['--mlp=aoe,moe']
         if 'pilot' in script:
-            arguments = [folder for folder in arguments if (tmp_path / folder).exists()]
+            arguments = [folder for folder in arguments if list(tmp_path.glob(folder))]
         processes = 2 if program == 'torchrun' else 1
         alone = [argument for argument in arguments if argument.startswith('config/')]
         if alone == ['config/openwebtext.py']:
