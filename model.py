@@ -300,7 +300,7 @@ def rotate(x, cos, sin):
 
 
 def summed_loss(logits, targets):
-    """Cross-entropy of some tokens, whose logits in float32 are large: never of a whole batch."""
+    """Cross-entropy of some tokens at a time: in float32, logits of a whole batch are large."""
     return F.cross_entropy(at_least_float32(logits), targets, reduction='sum')
 
 
@@ -618,20 +618,20 @@ def distance_of_both_ways(layer):
     """How far all_at_once is from the loop in SparseMLP.experts, in float32: the largest relative
     distance of h and of gradients on 64 random tokens, and of h on 64 that are large and alike, in
     eval mode. A rounding, unless one of the two was edited alone."""
-    found = []
+    found, device = [], layer.w_p.device
     for plain in (True, False):
         one = copy.deepcopy(layer)                                 # the layer stays as it is
         one.config.plain = plain
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([device] if device.type == 'cuda' else []):
             torch.manual_seed(0)
-            x = torch.randn(64, layer.config.n_embd, device=layer.w_p.device, requires_grad=True)
+            x = torch.randn(64, layer.config.n_embd, device=device, requires_grad=True)
             h, _ = one(x)
             loss = (h * torch.randn_like(h)).sum()
             leaves = [x] + [p for p in one.parameters() if p.requires_grad]
             grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
-            alike, _ = one.eval()(30 * x + 3 * torch.randn_like(x[0]))
+            alike, _ = one.eval()(3 * x + 30 * torch.randn_like(x[0]))
         found.append([h, *grads, alike])
-    return max(((a - b).norm() / (a.norm() + 1e-30)).item() for a, b in zip(*found))
+    return torch.stack([(a - b).norm() / (a.norm() + 1e-30) for a, b in zip(*found)]).max().item()
 
 
 # -----------------------------------------------------------------------------
@@ -644,7 +644,7 @@ def fill_in(config):
         c.factorised = c.mlp == 'aoe'
     if c.d_ffn is None:
         c.d_ffn = 4 * D
-    if c.d_low is None and (c.factorised or c.router == 'large'):
+    if c.d_low is None and (c.factorised or c.mlp == 'moe' and c.router == 'large'):
         c.d_low = min(range(8, max(8, D // 2) + 1, 8), key=lambda d_low: (      # multiples of 8:
             abs(surplus(c, d_low)) > 0.008, abs(d_low - D / 3)))   # near D/3, if d_wide can follow
     if c.d_judge is None and c.mlp == 'aoe' and not c.factorised:

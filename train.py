@@ -133,8 +133,7 @@ class TrainConfig(Recipe):
 def plan_runs(from_file, from_line):
     """The TrainConfigs that the values of a config file and of the command line ask for: one for
     each entry of `runs`, or of mlp's list, and for each of `seeds`; all with one seed, then with
-    the next. The line wins over the file, and --mlp over its runs.
-    """
+    the next. The line wins over the file, and --mlp over its runs."""
     values = from_file | from_line
     runs, only, seeds = values.pop('runs', None), values.pop('name', None), values.get('seeds')
     if seeds and 'seed' in values:
@@ -323,17 +322,15 @@ class Diverged(UserError):
 
 
 def train(config, stop):
-    """Train one run, from scratch or from its checkpoint, until max_iters or until stop is set.
-
-    With eval_only evaluate the checkpoint and write nothing. Raises UserError for what cannot be,
-    and Diverged.
+    """Train one run, from scratch or from its checkpoint, until max_iters or until stop is set; with
+    eval_only evaluate the checkpoint and write nothing. Raises UserError, of which Diverged is one.
     """
     c, device, before = config, choose_device(config.device), None
     if c.threads:
         torch.set_num_threads(c.threads)
     if os.path.exists(c.path('ckpt.pt')) or c.eval_only:
         if c.init_from == 'scratch' and not c.eval_only:           # since main has looked
-            tqdm.write(f'{c.folder}: another process has trained it; left as it is')
+            tqdm.write(f'{c.folder}: another process trains it, or has; left as it is')
             return
         before = load_checkpoint(c.path('ckpt.pt'), device, 'at', 'optimizer', 'scaler')
     data = Data(c, device)
@@ -355,7 +352,7 @@ def train(config, stop):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     at, log = {'iter': 0, 'seconds': 0.0}, []
     if before:
-        at, log = before['at'], before['at'].pop('log')
+        at, log = before['at'], before['at'].pop('log', [])
         load_weights(model, before, c.path('ckpt.pt'))
         optimizer.load_state_dict(before['optimizer'])
         scaler.load_state_dict(before['scaler'])
@@ -363,8 +360,9 @@ def train(config, stop):
     if c.eval_only:
         report({'iter': at['iter'], **evaluate(model, data, autocast)})
         return
-    if at['iter'] == c.max_iters and log and log[-1]['iter'] == at['iter']:
-        report(log[-1])                                            # nothing is left to do
+    done = log and log[-1]['iter'] == at['iter'] == c.max_iters
+    if done and read_text(c.path('log.jsonl')) == as_lines(log):   # nothing is left to do
+        report(log[-1])
         return
     lock = make_folder(c)                                          # held until the run has ended
 
@@ -393,7 +391,7 @@ def train(config, stop):
                 losses = {entry['iter']: entry['val_loss'] for entry in log}
                 if losses and losses.get(at['iter']) == min(losses.values()):
                     save(c, 'best.pt', model, data, shape)
-                write_text(c.path('log.jsonl'), ''.join(json.dumps(e) + '\n' for e in log))
+                write_text(c.path('log.jsonl'), as_lines(log))
                 write_config(c, about, iter=at['iter'])
                 if look:
                     report(log[-1])
@@ -427,13 +425,11 @@ def train(config, stop):
             bar.set_postfix_str(f'loss {loss.item():.3f}', refresh=False)
     bar.close()
     lock.close()
-    if stopped:
-        stop.set()                                                 # for main, in every process
 
 
 def refuse_not_finite(config, model, iteration, loss, about):
     """Raise Diverged if the last loss, or a weight, is not finite, and note it in config.json."""
-    if all(x.isfinite().all() for x in (loss, *model.parameters())):
+    if not any_process(not all(x.isfinite().all() for x in (loss, *model.parameters()))):
         return
     if RANK == 0:
         write_config(config, about, diverged=iteration)
@@ -553,6 +549,10 @@ def write_config(config, about, **more):
     write_text(config.path('config.json'), json.dumps(about | more, indent=1))
 
 
+def as_lines(entries):
+    return ''.join(json.dumps(entry) + '\n' for entry in entries)
+
+
 def read_log(path):
     """The evaluations in a log.jsonl, oldest first; none where there is no file."""
     return [json.loads(line) for line in read_text(path).splitlines()]
@@ -564,14 +564,17 @@ def make_folder(config):
     try:
         os.makedirs(config.folder, exist_ok=True)
         lock = open(config.path('.lock'), 'w')
+    except OSError as error:
+        raise UserError(f'out_dir: expected a folder to write to, got {config.out_dir!r}: '
+                        f'{error.strerror}') from None
+    try:
         if fcntl and RANK == 0:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f'{config.folder}: expected to be alone with this run, got another process '
                         'that trains it') from None
-    except OSError as error:
-        raise UserError(f'out_dir: expected a folder to write to, got {config.out_dir!r}: '
-                        f'{error.strerror}') from None
+    except OSError:                      # a file system without locks
+        pass
     for file in os.listdir(config.folder):
         if file.endswith('.part') and RANK == 0:
             os.remove(config.path(file))
@@ -629,8 +632,7 @@ def bfloat16_gain(rows, D, d):
 
 
 def tell_if_busy(log):
-    """One line, after the first steps, where more threads want to run than there are cores: then
-    all take much longer."""
+    """One line, after the first steps, where more threads run than there are cores: all crawl."""
     load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else 0  # not on Windows
     if len(log) == 2 and load > os.cpu_count() + 1:
         tqdm.write(f'busy: {load:.1f} threads for {os.cpu_count()} cores; best is a process a '
@@ -675,11 +677,9 @@ COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#00
 
 
 def find_runs(out_dir):
-    """What the runs in out_dir have logged: name -> [(config.json, log)], one for each seed.
-
-    Seeds stand together where all that shaped them is equal and they are equally far; what is not
-    has a name of its own that says what differs. What cannot be read is told of and left out.
-    """
+    """What the runs in out_dir have logged: name -> [(config.json, log)], one for each seed. Seeds
+    stand together where all that shaped them is equal and they are equally far; others have names
+    that say what differs. What cannot be read is told of and left out."""
     groups = {}                          # facts as text -> (facts, {seed: (config, log)})
     for folder in sorted(os.listdir(out_dir)):
         if not os.path.exists(os.path.join(out_dir, folder, 'config.json')):
@@ -852,9 +852,7 @@ def mean_and_spread(values, form='.4f'):
 
 def print_table(out_dir):
     """The runs of out_dir side by side; where a run has several seeds, mean and standard deviation.
-
-    What it stands on, the last evaluation of each run, goes to results.jsonl.
-    """
+    What it stands on, the last evaluation of each run, goes to results.jsonl."""
     runs, results = find_runs(out_dir), []
     table = [('run', 'parameters', 'active', 'val loss', 'Ent_load', 'tokens/s')]
     for name, seeds in runs.items():
@@ -874,8 +872,7 @@ def print_table(out_dir):
     print()
     print_rows(table)
     print(f'\nval loss: the lowest; Ent_load: ln E where all is even; pictures in {out_dir}')
-    write_text(os.path.join(out_dir, 'results.jsonl'),
-               ''.join(json.dumps(result) + '\n' for result in results))
+    write_text(os.path.join(out_dir, 'results.jsonl'), as_lines(results))
 
 
 # -----------------------------------------------------------------------------
@@ -925,7 +922,8 @@ def main(arguments):
         except Diverged as error:                                  # the others go on
             failed.append(run.name)
             tqdm.write(f'error: {error}', file=sys.stderr)
-        if stop.is_set():
+        if any_process(stop.is_set()):
+            stop.set()                                             # in every process
             again = [argument for argument in arguments if not argument.startswith('--init_from=')]
             print('\nstopped and saved; to go on: '
                   f'python train.py {shlex.join(again)} --init_from=resume')
