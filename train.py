@@ -322,9 +322,8 @@ class Diverged(UserError):
 
 
 def train(config, stop):
-    """Train one run, from scratch or from its checkpoint, until max_iters or until stop is set; with
-    eval_only evaluate the checkpoint and write nothing. Raises UserError, of which Diverged is one.
-    """
+    """Train one run, from scratch or from its checkpoint, until max_iters or until stop is set. Or
+    evaluate its checkpoint and write nothing, for eval_only. Raises UserError, also as Diverged."""
     c, device, before = config, choose_device(config.device), None
     if c.threads:
         torch.set_num_threads(c.threads)
