@@ -54,7 +54,7 @@ def test_every_command_runs_shortened(tmp_path, code_text):
             library = os.path.dirname(os.__file__)
             command = f'python prepare_data.py {library}/ast.py {library}/os.py --name=code'
         program, *arguments = shlex.split(command)
-        if 'openwebtext' in arguments:                   # needs datasets: the slow test below
+        if 'openwebtext' in arguments or '--compile=True' in arguments:      # the slow tests below
             continue
         if '--only=fake' in arguments and not hasattr(torch.nn.functional, 'grouped_mm'):
             continue                                     # as the page says
@@ -93,6 +93,12 @@ def test_the_command_for_openwebtext_runs_on_a_parquet_folder(tmp_path):
     command, = (command for command in commands() if 'openwebtext ' in command)
     run_script(*shlex.split(command)[1:], '--hub=rows', cwd=tmp_path)
     assert (tmp_path / 'data/openwebtext_gpt2/train.bin').exists()
+
+
+@pytest.mark.slow
+def test_the_command_that_compiles_runs(tmp_path):
+    command, = (command for command in commands() if '--compile=True' in command)
+    run_script(*shlex.split(command)[1:], *SHORT['tests/bench.py'], cwd=tmp_path)
 
 
 def anchors(page):
