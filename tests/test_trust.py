@@ -243,7 +243,8 @@ def test_only_what_is_alike_and_equally_far_is_averaged(rows, code_text):
     assert list(rows('out/alike', '--seeds=1')) == ['dense']
     both = rows('out/alike', '--seeds=1,2', '--init_from=auto')
     assert list(both) == ['dense'] and '±' in both['dense']
-    assert '±' in rows('out/alike', '--seed=1', '--eval_interval=5')['dense']   # seed 1 counts once
+    once_more = rows('out/alike', '--seed=1', '--eval_interval=5')
+    assert '±' in once_more['dense']                               # seed 1 counts once
     found = rows('out/alike', '--seeds=3', '--dataset=other')
     assert len(found) == 2 and all(run.startswith('dense (sha256 ') for run in found)
     assert sorted('±' in loss for loss in found.values()) == [False, True]
