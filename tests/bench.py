@@ -1,7 +1,7 @@
 """
 Speed and memory of the three MLPs, in one run, the sides taking turns.
 
-    python tests/bench.py                          # four parts, some minutes
+    python tests/bench.py                          # five parts, some minutes
     python tests/bench.py --only=layer,memory
     python tests/bench.py --threads=1 --json=bench.json
     python tests/bench.py --only=fake config/openwebtext.py
@@ -10,9 +10,10 @@ Times are medians; a ratio is the median of the ratios of each round, so that
 what slows the machine for a while slows both sides of it. Parts: layer (an MLP
 alone, forward and backward), step (a training step of the model), memory
 (bytes that a layer keeps for backward), cost (of aoe over the width that it
-judges by); and fake: the most memory that a training step needs with the sizes
-of a config file, found in seconds with tensors that have no numbers. `aoe whole`
-is aoe with a gate that is not factorised.
+judges by), experts (2 of 16 to 8 of 64, an eighth of them chosen); and fake: the
+most memory that a training step needs with the sizes of a config file, found in
+seconds with tensors that have no numbers. `aoe whole` is aoe with a gate that is
+not factorised.
 """
 
 import gc
@@ -38,7 +39,7 @@ from model import GPT, MLPS, GPTConfig
 from train import (TrainConfig, choose_device, keep_freed_memory, make_optimizer,
                    plan_runs, print_rows)
 
-PARTS = ('layer', 'step', 'memory', 'cost', 'fake')
+PARTS = ('layer', 'step', 'memory', 'cost', 'experts', 'fake')
 SIDES = {'dense': {'mlp': 'dense'}, 'moe': {'mlp': 'moe'}, 'aoe': {'mlp': 'aoe'},
          'aoe whole': {'mlp': 'aoe', 'factorised': False, 'd_low': None}}
 LAYERS = {          # the MLP alone: its configuration, and the tokens that pass it at once
@@ -58,7 +59,7 @@ MODELS = {          # a whole training step; of the paper's shape it is too long
 class BenchConfig:
     """The keys of this script."""
     # keys
-    only: str = 'layer,step,memory,cost'   # the parts to measure, with commas; fake is one more
+    only: str = 'layer,step,memory,cost,experts'   # parts to measure; fake is one more
     shapes: str = 'small,medium,paper'   # the sizes to measure, with commas
     rounds: int = 15                     # measurements of each side; the median counts
     warmup: int = 10                     # rounds of a window; it warms up by windows until steady
@@ -66,7 +67,7 @@ class BenchConfig:
     threads: int | None = None           # of the CPU; None: PyTorch's choice
     device: str = 'auto'                 # auto: cuda, else mps, else cpu
     dtype: Literal['float32', 'bfloat16'] = 'bfloat16'   # of weights and inputs, or of autocast
-    aux_weight: float = 0.0              # weight of the load-balancing loss
+    aux_weight: float = 0.01             # weight of the load-balancing loss
     plain: bool = False                  # measure part 1 of model.py without part 3
     keep_freed_memory: bool = True       # as train.py does; False: the C library's own way
     compile: bool = False                # torch.compile, in the training step
@@ -234,6 +235,24 @@ def bench_cost(bench, device, _):
     return compare('cost', title, label, configs, bench, device)
 
 
+def bench_experts(bench, device, _):
+    """More and smaller experts, an eighth of them chosen, at the last of the shapes: aoe as wide a
+    judge as by default, and one of D/24."""
+    label, results = bench.shapes.split(',')[-1], []
+    shape, _ = LAYERS[label]
+    narrow = max(8, 8 * round(shape['n_embd'] / 24 / 8))
+    for E in (16, 32, 64):
+        K = E // 8
+        sizes = shape | {'n_expert': E, 'top_k': K, 'd_ffn': 2 * shape['d_ffn'] // K}
+        configs = {side: layer_config(side, sizes, bench) for side in SIDES}
+        configs[f'aoe {narrow}'] = replace(configs['aoe'], d_low=narrow)
+        configs[f'aoe whole {narrow}'] = replace(configs['aoe whole'], d_judge=narrow)
+        title = (f'{K} of {E} experts, {label}: d_ffn {sizes["d_ffn"]}, d_low {configs["aoe"].d_low}'
+                 f' (whole: d_judge {configs["aoe whole"].d_judge})')
+        results += compare(f'{K} of {E}', title, label, configs, bench, device)
+    return results
+
+
 def bench_memory(bench, device, _):
     """What a layer keeps for backward: exact, and the same on any machine."""
     results, labels = [], bench.shapes.split(',')
@@ -371,7 +390,7 @@ def main(arguments):
         name = torch.cuda.get_device_name(device)
     print(f'torch {torch.__version__}, {device} ({name}), {bench.dtype}, {bench.rounds} rounds')
     parts = {'layer': bench_layer, 'step': bench_step, 'memory': bench_memory, 'cost': bench_cost,
-             'fake': bench_fake}
+             'experts': bench_experts, 'fake': bench_fake}
     results = [row for part in bench.only.split(',') for row in parts[part](bench, device, files)]
     if bench.json:
         facts = {'torch': torch.__version__, 'device': name, **asdict(bench)}

@@ -40,7 +40,7 @@ def test_the_layers_keep_what_they_should():
 
 
 def test_the_norms_of_all_experts_are_not_kept_with_aux_loss_either():
-    without = kept_per_token('aoe', 'medium')
+    without = kept_per_token('aoe', 'medium', aux_weight=0)
     assert kept_per_token('aoe', 'medium', aux_weight=0.01) < without + 100
 
 
@@ -79,8 +79,10 @@ def test_the_script_writes_what_it_prints(tmp_path):
     results = json.loads((tmp_path / 'bench.json').read_text())['results']
     cost = {'dense', 'moe', 'aoe 8', 'aoe 24', 'aoe 40', 'aoe 88', 'aoe whole 8', 'aoe whole 24',
             'aoe whole 40'}
+    many = {*SIDES, 'aoe 8', 'aoe whole 8'}
     for part, figure, sides in (('layer', '{ms:.2f}', set(SIDES)), ('memory', '{small:.1f}', set(
-            SIDES)), ('cost', '{kib_per_token:.1f}', cost), ('step', '{of_dense:.2f}', set(SIDES))):
+            SIDES)), ('cost', '{kib_per_token:.1f}', cost), ('step', '{of_dense:.2f}', set(SIDES)),
+            *((f'{E // 8} of {E}', '{predicted_of_moe:.2f}', many) for E in (16, 32, 64))):
         rows = [row for row in results if row['part'] == part]
         assert {row['side'] for row in rows} == sides
         assert all(figure.format(**row) in printed for row in rows)

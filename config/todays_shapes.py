@@ -1,0 +1,24 @@
+"""
+Shapes of today, on five seeds that no other table has: 4 of 32 experts, a quarter
+as wide, with L_aux, where a judge of D/6 costs more than it did, so narrower ones
+are tried; and that of Routing-Free MoE (2604.00801), 3 of 12 experts as wide as
+D/4 without L_aux. The rest as in paper_table2.py, a process a core:
+
+    python train.py config/paper_table2.py config/todays_shapes.py --seeds=41,42,43
+    python train.py config/paper_table2.py config/todays_shapes.py --seeds=44,45
+"""
+
+out_dir = 'out/todays_shapes'
+seeds = [41, 42, 43, 44, 45]
+_many = {'n_expert': 32, 'top_k': 4, 'd_ffn': 96, 'aux_weight': 0.01}
+_free = {'n_expert': 12, 'top_k': 3, 'd_ffn': 24}
+runs = {
+    'moe 4 of 32': {'mlp': 'moe'} | _many,
+    'moe large router 4 of 32': {'mlp': 'moe', 'router': 'large', 'd_low': 8} | _many,
+    'aoe whole 4 of 32': {'mlp': 'aoe', 'factorised': False} | _many,
+    'aoe whole narrow 4 of 32': {'mlp': 'aoe', 'factorised': False, 'd_judge': 4} | _many,
+    'aoe 4 of 32': {'mlp': 'aoe'} | _many,
+    'moe 3 of 12': {'mlp': 'moe'} | _free,
+    'aoe whole 3 of 12': {'mlp': 'aoe', 'factorised': False} | _free,
+    'aoe 3 of 12': {'mlp': 'aoe'} | _free,
+}
