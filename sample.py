@@ -1,10 +1,10 @@
 """
 Let a trained model write.
 
-    python sample.py out/shakespeare_cpu/aoe
-    python sample.py out/shakespeare_cpu/moe --prompt="ROMEO." --temperature=0.8
-    python sample.py out/shakespeare_cpu/aoe --num_samples=3 --seed=1
-    python sample.py out/shakespeare_cpu/aoe --show_experts=True --layer=2
+    python sample.py out/quick_start/aoe
+    python sample.py out/quick_start/moe --prompt="ROMEO." --temperature=0.8
+    python sample.py out/quick_start/aoe --num_samples=3 --seed=1
+    python sample.py out/quick_start/aoe --show_experts=True --layer=2
 
 The argument is the folder of a run. Its best.pt brings its own configuration
 and tokenizer. --show_experts=True colours each token by its first expert, or
@@ -140,7 +140,7 @@ def main(arguments):
     values, folders = parse(SampleConfig, arguments, __doc__)
     config = build(SampleConfig, values)
     if len(folders) != 1:
-        raise UserError('expected the folder of one run, such as out/shakespeare_cpu/aoe, got '
+        raise UserError('expected the folder of one run, such as out/quick_start/aoe, got '
                         f'{len(folders)}')
     folder, device = folders[0], choose_device(config.device)
     model, meta, dtype = load_model(folder, device)

@@ -2,9 +2,9 @@
 Train a GPT whose MLP is aoe, moe or dense, on one GPU or on a CPU, and draw how
 the variants compare.
 
-    python train.py config/shakespeare_cpu.py             # four, in turn
-    python train.py config/shakespeare_cpu.py --mlp=moe --max_iters=500
-    python train.py config/shakespeare_cpu.py --init_from=resume   # go on
+    python train.py config/quick_start.py             # four, in turn
+    python train.py config/quick_start.py --mlp=moe --max_iters=500
+    python train.py config/quick_start.py --init_from=resume   # go on
     python train.py --n_layer=6 --n_embd=384 --d_low=64   # no file: defaults
     torchrun --nproc_per_node=8 train.py config/openwebtext.py   # eight GPUs
 
@@ -740,24 +740,29 @@ def save_figure(figure, path):
 
 
 def draw_loss(plt, runs, color):
-    """Validation loss over iterations: of each run the mean of its seeds, in a band of them all."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
+    """Validation loss over iterations, and over seconds: of each run the mean of its seeds, in a
+    band of them all."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout='constrained')
     later = []                           # the first evaluation, of no training, may lie outside
     for i, (name, seeds) in enumerate(runs.items()):
-        curves = [{entry['iter']: entry['val_loss'] for entry in log} for _, log in seeds]
-        iterations = sorted(set.intersection(*map(set, curves)))   # where all seeds were evaluated
-        points = [[curve[iteration] for curve in curves] for iteration in iterations]
+        logs = [{entry['iter']: entry for entry in log} for _, log in seeds]
+        iterations = sorted(set.intersection(*map(set, logs)))     # where all seeds were evaluated
+        points = [[log[iteration]['val_loss'] for log in logs] for iteration in iterations]
+        seconds = [statistics.mean(log[n]['seconds'] for log in logs) for n in iterations]
         label = f'{name} {statistics.mean(lowest(seeds)):.4f}'
         label += f', mean of {len(seeds)} seeds' if len(seeds) > 1 else ''
-        axes.plot(iterations, [statistics.mean(p) for p in points], color=color[name], marker='.',
-                  linestyle=('-', '--', ':')[i // len(COLORS) % 3], label=label)
-        axes.fill_between(iterations, [min(p) for p in points], [max(p) for p in points],
-                          color=color[name], alpha=0.2)
+        for axes, x in zip(panels, (iterations, seconds)):
+            axes.plot(x, [statistics.mean(p) for p in points], color=color[name], marker='.',
+                      linestyle=('-', '--', ':')[i // len(COLORS) % 3], label=label)
+            axes.fill_between(x, [min(p) for p in points], [max(p) for p in points],
+                              color=color[name], alpha=0.2)
         later += [loss for p in points[1:] or points for loss in p]
-    axes.set_ylim(min(later) - 0.05, max(later) + 0.05)
-    axes.set(xlabel='iteration', ylabel='val_loss (nats per token)', title='Validation loss')
-    axes.grid(alpha=0.3)
-    axes.legend()
+    panels[0].set_ylim(min(later) - 0.05, max(later) + 0.05)
+    panels[0].set(xlabel='iteration', ylabel='validation loss (nats per token)')
+    panels[1].set(xlabel='seconds of training')
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    panels[1].legend()
     return figure
 
 

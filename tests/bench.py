@@ -207,16 +207,20 @@ def compare(part, title, label, configs, bench, device):
     return results
 
 
+def sizes_of(label, configs):
+    c, whole = configs['aoe'], configs['aoe whole']
+    return (f'{label}: D {c.n_embd}, d_ffn {c.d_ffn}, d_low {c.d_low} (whole: d_judge '
+            f'{whole.d_judge}), E {c.n_expert}, K {c.top_k}, {LAYERS[label][1]:,} tokens')
+
+
 def bench_layer(bench, device, _):
     """An MLP alone, forward and backward; predicted: by the multiply-adds that it executes."""
     results = []
     for label in bench.shapes.split(','):
-        shape, tokens = LAYERS[label]
+        shape, _ = LAYERS[label]
         configs = {side: layer_config(side, shape, bench) for side in SIDES}
-        c = configs['aoe']
-        title = (f'layer, {label}: D {c.n_embd}, d_ffn {c.d_ffn}, d_low {c.d_low} (whole: d_judge '
-                 f'{configs["aoe whole"].d_judge}), E {c.n_expert}, K {c.top_k}, {tokens:,} tokens')
-        results += compare('layer', title, label, configs, bench, device)
+        results += compare('layer', f'layer, {sizes_of(label, configs)}', label, configs, bench,
+                           device)
     return results
 
 
@@ -247,9 +251,8 @@ def bench_experts(bench, device, _):
         configs = {side: layer_config(side, sizes, bench) for side in SIDES}
         configs[f'aoe {narrow}'] = replace(configs['aoe'], d_low=narrow)
         configs[f'aoe whole {narrow}'] = replace(configs['aoe whole'], d_judge=narrow)
-        title = (f'{K} of {E} experts, {label}: d_ffn {sizes["d_ffn"]}, d_low {configs["aoe"].d_low}'
-                 f' (whole: d_judge {configs["aoe whole"].d_judge})')
-        results += compare(f'{K} of {E}', title, label, configs, bench, device)
+        results += compare(f'{K} of {E}', f'experts, {sizes_of(label, configs)}', label, configs,
+                           bench, device)
     return results
 
 

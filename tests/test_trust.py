@@ -326,13 +326,15 @@ def test_what_cannot_be_read_is_left_out_of_the_table(rows):
 
 def test_loss_is_averaged_where_all_seeds_were_evaluated():
     import matplotlib.pyplot as plt
-    logs = [[{'iter': i, 'val_loss': loss} for i, loss in log] for log in (
-        ((0, 4.0), (10, 3.0), (20, 2.0)), ((0, 4.2), (20, 2.4), (30, 1.0)))]
+    logs = [[{'iter': i, 'val_loss': loss, 'seconds': pace * i} for i, loss in log]
+            for pace, log in ((1, ((0, 4.0), (10, 3.0), (20, 2.0))),
+                              (3, ((0, 4.2), (20, 2.4), (30, 1.0))))]
     figure = train.draw_loss(plt, {'moe': [({}, log) for log in logs]}, {'moe': 'black'})
-    line, = figure.axes[0].lines
-    assert line.get_xdata().tolist() == [0, 20]
-    assert line.get_ydata().tolist() == pytest.approx([4.1, 2.2])
-    assert line.get_label() == 'moe 1.5000, mean of 2 seeds'
+    for axes, x in zip(figure.axes, ([0, 20], [0, 40])):
+        line, = axes.lines
+        assert line.get_xdata().tolist() == x
+        assert line.get_ydata().tolist() == pytest.approx([4.1, 2.2])
+        assert line.get_label() == 'moe 1.5000, mean of 2 seeds'
     plt.close(figure)
 
 
@@ -344,7 +346,7 @@ def test_any_name_can_be_drawn(train_here, name, tmp_path):
     import matplotlib.pyplot as plt
     figure = train.draw_loss(plt, train.find_runs('out/names'), dict.fromkeys(
         train.find_runs('out/names'), 'black'))
-    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     assert any(name in label for label in labels)
     plt.close(figure)
 
