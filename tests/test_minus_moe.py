@@ -4,19 +4,25 @@ batches, so that much of the noise is in both: its mean with a 95 % interval, bo
 where that excludes 0.
 
     python tests/test_minus_moe.py config/two_questions_results.jsonl
-    python tests/test_minus_moe.py config/sizes_results.jsonl out/sizes.png
+    python tests/test_minus_moe.py config/sizes_results.jsonl --picture=out/sizes.png
+    python tests/test_minus_moe.py --pages=True README.md config/README.md
 
-reads what train.py left in an out_dir's results.jsonl. A run is compared with the
-moe run whose settings differ least from its own, on the same data, with the same
-code, iterations and schedule. The picture has the rest of the runs' names along x.
+reads what train.py left in an out_dir's results.jsonl, or in several. A run is
+compared with the moe run whose settings differ least from its own, on the same
+data, with the same code, iterations and schedule. The last command writes the
+tables of these pages anew, each from the command in the mark above it.
 """
 
+import contextlib
+import io
 import json
 import math
 import os
 import re
+import shlex
 import statistics
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,26 +30,43 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import configurator
-from configurator import UserError, read_text
+from configurator import UserError, build, parse, read_text, write_text
 from train import COLORS, mean_and_spread, print_rows, pyplot, save_figure
 
-VARIANTS = ('moe', 'moe factorised', 'moe large router', 'aoe whole', 'aoe', 'dense')
 LABELS = {'': 'without L_aux', 'aux': 'with L_aux'}                # of settings in the picture
 # what makes a variant, and may differ between a run and its moe; and what may not
-OF_VARIANT = {'mlp', 'factorised', 'router', 'd_low', 'd_judge', 'seed'}
+OF_VARIANT = {'mlp', 'factorised', 'router', 'd_low', 'd_judge', 'seed', 'frozen', 'bias_step',
+              'virtual'}
 SAME = ('lr_decay_iters', 'sha256', 'tokenizer', 'device', 'torch', 'model.py')
 # half a 95 % interval in standard errors, of 2, 3 ... 11 differences (Student's t)
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
+# the tables of pages: between a mark, with the command that prints it, and the end mark
+TABLE = re.compile(r'(<!-- python tests/test_minus_moe\.py ([^\n]+) -->\n).*?(<!-- end -->)', re.S)
+
+
+@dataclass
+class MinusConfig:
+    """The keys of this script."""
+    # keys
+    minus: str = 'moe'                   # the variant that the others are compared with
+    by_setting: bool = False             # a row for each setting, a column for each variant
+    losses: bool = False                 # with by_setting: losses, and no differences
+    picture: str | None = None           # draw the differences to this file
+    pages: bool = False                  # the files are pages: write their tables anew
+
+
 def variant_of(seeds):
-    """Of VARIANTS, by what shaped the run; seeds: {seed: its line of results.jsonl}."""
+    """By what shaped the run: 'moe factorised'; seeds: {seed: its line of results.jsonl}."""
     shape = next(iter(seeds.values()))['shape']
-    if shape['mlp'] == 'moe' and shape['factorised']:
-        return 'moe factorised'
-    if shape['mlp'] == 'moe' and shape['router'] == 'large':
-        return 'moe large router'
-    return 'aoe whole' if shape['mlp'] == 'aoe' and not shape['factorised'] else shape['mlp']
+    mlp, factorised = shape['mlp'], shape['factorised']
+    parts = {mlp: True, 'factorised': mlp == 'moe' and factorised,
+             'whole': mlp == 'aoe' and not factorised,
+             'large router': mlp == 'moe' and shape['router'] == 'large',
+             'frozen': shape.get('frozen'), 'sigmoid': shape.get('bias_step'),   # rivals.patch
+             'virtual': shape.get('virtual')}
+    return ' '.join(part for part, there in parts.items() if there)
 
 
 def setting_of(name, seeds):
@@ -55,7 +78,9 @@ def order_of(name, seeds):
     """To sort runs by: settings, by size where they have numbers, and in each the variants."""
     parts = re.findall(r'\d+(?:\.\d+)?(?:e[+-]?\d+)?|\D+?(?=\d|$)', setting_of(name, seeds))
     key = [(1, float(part), '') if part[0].isdigit() else (0, 0, part) for part in parts]
-    return key, VARIANTS.index(variant_of(seeds))
+    factorised = next(iter(seeds.values()))['shape']['factorised']
+    variant = variant_of(seeds)
+    return key, 'mad'.index(variant[0]), factorised, variant       # moe, aoe, dense
 
 
 def may_be_compared(a, b):
@@ -68,18 +93,19 @@ def settings_that_differ(a, b):
     return sorted(key for key in (a | b).keys() - OF_VARIANT if a.get(key) != b.get(key))
 
 
-def differences(results):
+def differences(results, base='moe'):
     """results: run name -> {seed: its line}. Returns run name -> (the name of its moe, settings
-    that differ, losses minus that moe's seed by seed), for all that have one to compare with."""
+    that differ, losses minus that moe's seed by seed), for all that have one to compare with.
+    base: another variant in the place of moe."""
     found = {}
     for name, seeds in results.items():
         near = []
-        for base, others in results.items():
+        for other, others in results.items():
             pairs = [(seeds[seed], others[seed]) for seed in seeds
                      if seed in others and may_be_compared(seeds[seed], others[seed])]
-            if pairs and variant_of(others) == 'moe' != variant_of(seeds):
+            if pairs and variant_of(others) == base != variant_of(seeds):
                 minus = [a['lowest_val_loss'] - b['lowest_val_loss'] for a, b in pairs]
-                near.append((base, settings_that_differ(*pairs[0]), minus))
+                near.append((other, settings_that_differ(*pairs[0]), minus))
         if near:
             found[name] = min(near, key=lambda candidate: len(candidate[1]))
     return found
@@ -153,83 +179,166 @@ def test_the_script_says_what_it_compares_and_what_not(tmp_path, capsys):
     assert 'aoe: no moe of its seeds, data, code, iterations and schedule' in printed
 
 
+def test_rivals_are_variants_of_their_own_and_may_take_the_place_of_moe():
+    results = {'moe': {1: line(1.0)}, 'moe frozen': {1: line(1.5, frozen=True)},
+               'moe sigmoid': {1: line(1.2, bias_step=0.001)},
+               'aoe whole virtual': {1: line(1.1, 'aoe', virtual=True)}}
+    assert all(variant_of(seeds) == name for name, seeds in results.items())
+    for base, minus in (('moe', {'moe frozen': 0.5, 'moe sigmoid': 0.2, 'aoe whole virtual': 0.1}),
+                        ('moe sigmoid', {'moe': -0.2, 'moe frozen': 0.3,
+                                         'aoe whole virtual': -0.1})):
+        found = {name: difference for name, (_, _, (difference,)) in
+                 differences(results, base).items()}
+        assert found.keys() == minus.keys()
+        np.testing.assert_allclose([found[name] for name in minus], list(minus.values()))
+
+
+def test_by_setting_a_row_has_a_column_for_each_variant(tmp_path, capsys):
+    from conftest import table_of        # which needs pytest
+    lines = [line(loss + seed / 10, mlp, n_embd=size) | {'run': f'{mlp} {size}', 'seed': seed}
+             for size, mlp, loss in ((96, 'moe', 2.0), (96, 'dense', 2.5), (48, 'moe', 3.0))
+             for seed in (1, 2)]
+    (tmp_path / 'results.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    printed = {}
+    for losses in (False, True):
+        main([str(tmp_path / 'results.jsonl'), '--by_setting=True', f'--losses={losses}'])
+        printed[losses] = table_of(capsys.readouterr().out)
+    assert printed[False] == {'': ['moe', 'dense, minus moe'], '48': ['3.1500 ± 0.0707', ''],
+                              '96': ['2.1500 ± 0.0707', '**+0.5000 ± 0.0000**']}
+    assert printed[True] | {'96': ['2.1500 ± 0.0707', '2.6500 ± 0.0707']} == printed[True]
+
+
+def test_the_pages_hold_what_the_commands_in_their_marks_print(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    found = 0
+    for page in ('README.md', 'config/README.md', 'config/EXERCISES.md'):
+        found += len(TABLE.findall(read_text(page)))
+        assert with_tables(page) == read_text(page), f'{page}: write it anew with --pages=True'
+    assert found > 5
+    page, right = tmp_path / 'page.md', read_text('config/README.md')
+    page.write_text(right.replace(' 5 of 6 |', ' 6 of 6 |'), encoding='utf-8')
+    main(['--pages=True', str(page)])
+    assert page.read_text(encoding='utf-8') == right
+
+
 def test_what_is_no_results_file_is_refused(refuse):
     for file in ('none.jsonl', 'two_questions.py'):
         assert 'expected a results.jsonl' in refuse(main, os.path.join(ROOT, 'config', file))
 
 
-def draw(results, found, file):
+def draw(results, found, config):
     """Of each variant the differences over its settings, with 95 % intervals; moe is 0."""
     figure, axes = pyplot().subplots(figsize=(7, 4), layout='constrained')
-    axes.axhline(0, color='black', linewidth=1, label='moe')
+    axes.axhline(0, color='black', linewidth=1, label=config.minus)
     settings = list(dict.fromkeys(setting_of(name, results[name]) for name in found))
-    for variant, color in zip(VARIANTS, COLORS):
+    variants = list(dict.fromkeys(variant_of(seeds) for seeds in results.values()))
+    for i, variant in enumerate(variants):
         points = [(settings.index(setting_of(name, results[name])), minus)
                   for name, (_, _, minus) in found.items()
                   if variant_of(results[name]) == variant]
         if points:
             axes.errorbar([x for x, _ in points], [statistics.mean(d) for _, d in points],
                           yerr=[half_interval(d) if len(d) > 1 else 0 for _, d in points],
-                          color=color, marker='o', capsize=4, label=variant)
+                          color=COLORS[i % len(COLORS)], marker='o', capsize=4, label=variant)
     axes.set_xticks(range(len(settings)), [LABELS.get(setting, setting) for setting in settings])
-    axes.set(ylabel="validation loss minus moe's (below 0: ahead)",
+    axes.set(ylabel=f"validation loss minus {config.minus}'s (below 0: ahead)",
              title='Seed by seed: mean, 95 % interval')
     axes.grid(alpha=0.3)
     figure.legend(loc='outside right upper')
-    save_figure(figure, file)
+    save_figure(figure, config.picture)
 
 
-def read_results(file):
+def read_results(files):
     """Run name -> {seed: its line}, in the order of a table."""
-    try:
-        lines, results = [json.loads(text) for text in read_text(file).splitlines()], {}
-        for result in lines:
-            results.setdefault(result['run'], {})[result['seed']] = result
-        return dict(sorted(results.items(), key=lambda run: order_of(*run)))
-    except (ValueError, KeyError, TypeError):
-        return {}
+    results = {}
+    for file in files:
+        try:
+            for result in map(json.loads, read_text(file).splitlines() or ['']):
+                results.setdefault(result['run'], {})[result['seed']] = result
+                order_of(result['run'], results[result['run']])    # it has what sorts it
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'{file}: expected a results.jsonl of this train.py, got another file, '
+                            'or none') from None
+    return dict(sorted(results.items(), key=lambda run: order_of(*run)))
 
 
-def main(arguments):
-    if not arguments or {'-h', '--help'} & set(arguments):
-        return print(__doc__.strip())
-    results = read_results(arguments[0])
-    if not results:
-        raise UserError(f'{arguments[0]}: expected a results.jsonl of this train.py, got another '
-                        'file, or none')
-    found = differences(results)
-    rows = [('variant', 'seeds', 'validation loss', 'minus moe', 'seeds ahead',
-             'Ent_load by layer', 'Ent_conf by layer', 'norms, max / min')]
+def loss_of(seeds):
+    return mean_and_spread([result['lowest_val_loss'] for result in seeds.values()])
+
+
+def difference_of(values):
+    mean, half = statistics.mean(values), half_interval(values)
+    text = f'{mean:+.4f}' + f' ± {half:.4f}' * (half < math.inf)
+    return f'**{text}**' if abs(mean) > half else text
+
+
+def rows_by_run(results, found, config):
+    yield ('variant', 'seeds', 'validation loss', f'minus {config.minus}', 'seeds ahead',
+           'Ent_load by layer', 'Ent_conf by layer', 'norms, max / min')
     for name, seeds in results.items():
         minus, ahead = '-', '-'
         if name in found:
             values = found[name][2]
-            mean, half = statistics.mean(values), half_interval(values)
-            minus = f'{mean:+.4f}' + f' ± {half:.4f}' * (half < math.inf)
-            minus = f'**{minus}**' if abs(mean) > half else minus
-            ahead = f'{sum(d < 0 for d in values)} of {len(values)}'
+            minus, ahead = difference_of(values), f'{sum(d < 0 for d in values)} of {len(values)}'
 
         def by_layer(key, form, of_layer, seeds=seeds):
             layers = zip(*(filter(None, r[key]) for r in seeds.values()))   # moe has no norms
             return ' '.join(format(statistics.mean(map(of_layer, layer)), form)
                             for layer in layers) or '-'
-        losses = [r['lowest_val_loss'] for r in seeds.values()]
-        rows.append((name, str(len(seeds)), mean_and_spread(losses), minus, ahead,
-                     by_layer('ent_load', '.2f', float), by_layer('ent_conf', '.2f', float),
-                     by_layer('norm', '.2f', lambda norms: max(norms) / min(norms))))
-    print_rows(rows)
-    print("\nminus moe: mean ± half of a 95 % interval (Student's t), bold where it excludes 0. "
-          'One in twenty does\nby chance: of ten rows without any difference, one or more would be '
-          f'bold with a probability of 40 %,\nof these {len(found)} with '
-          f'{1 - 0.95 ** len(found):.0%}')
+        yield (name, str(len(seeds)), loss_of(seeds), minus, ahead,
+               by_layer('ent_load', '.2f', float), by_layer('ent_conf', '.2f', float),
+               by_layer('norm', '.2f', lambda norms: max(norms) / min(norms)))
+
+
+def rows_by_setting(results, found, config):
+    variants = list(dict.fromkeys(variant_of(seeds) for seeds in results.values()))
+    cells = {}                           # setting -> {variant: cell}
+    for name, seeds in results.items():
+        cell = difference_of(found[name][2]) if name in found and not config.losses else None
+        row = cells.setdefault(setting_of(name, seeds), {})
+        row[variant_of(seeds)] = cell or loss_of(seeds)
+    yield ('', *(variant if variant == config.minus or config.losses
+                 else f'{variant}, minus {config.minus}' for variant in variants))
+    for setting, row in cells.items():
+        yield (setting or '-', *(row.get(variant, '') for variant in variants))
+
+
+def with_tables(page):
+    """The text of a page, its tables written anew, each by the command in its mark."""
+    def table(match):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            main(shlex.split(match[2]))
+        rows = [line for line in printed.getvalue().splitlines() if line.startswith('|')]
+        return match[1] + '\n'.join(rows) + '\n' + match[3]
+    return TABLE.sub(table, read_text(page))
+
+
+def main(arguments):
+    values, files = parse(MinusConfig, arguments, __doc__)
+    config = build(MinusConfig, values)
+    if not files:
+        raise UserError('expected a results.jsonl, got none; --help has examples')
+    if config.pages:
+        for page in files:
+            write_text(page, with_tables(page))
+        return
+    results = read_results(files)
+    found = differences(results, config.minus)
+    print_rows(list((rows_by_setting if config.by_setting else rows_by_run)(
+        results, found, config)))
+    print(f'\nminus {config.minus}: mean ± half of a 95 % interval (Student\'s t), bold where it '
+          'excludes 0. One\nin twenty does by chance: of ten rows without any difference, one or '
+          'more would be bold\nwith a probability of 40 %, of these '
+          f'{len(found)} with {1 - 0.95 ** len(found):.0%}')
     for name, seeds in results.items():
         if name in found and found[name][1]:
             base, differ, _ = found[name]
             print(f'{name}: minus {base}, which differs in {", ".join(differ)}')
-        elif name not in found and variant_of(seeds) != 'moe':
-            print(f'{name}: no moe of its seeds, data, code, iterations and schedule')
-    if arguments[1:]:
-        draw(results, found, arguments[1])
+        elif name not in found and variant_of(seeds) != config.minus:
+            print(f'{name}: no {config.minus} of its seeds, data, code, iterations and schedule')
+    if config.picture:
+        draw(results, found, config)
 
 
 if __name__ == '__main__':
