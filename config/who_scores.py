@@ -20,7 +20,7 @@ out_dir = 'out/who_scores'
 aux_weight = 0.01
 _whole_gate = {
     'moe': (2e-3, {'mlp': 'moe'}),
-    'moe large router': (2e-3, {'mlp': 'moe', 'router': 'large', 'd_low': 16}),
+    'moe large router': (1.4e-3, {'mlp': 'moe', 'router': 'large', 'd_low': 16}),
     'moe frozen': (2e-3, {'mlp': 'moe', 'frozen': True}),
     'aoe whole': (2e-3, {'mlp': 'aoe', 'factorised': False}),
     'aoe whole frozen': (2e-3, {'mlp': 'aoe', 'factorised': False, 'frozen': True}),

@@ -1,0 +1,142 @@
+"""
+Exercise 0: write MoE and AoE yourself.
+
+    python tests/test_exercise_0.py
+
+makes out/exercise_0/model.py, a copy of model.py in which MoE.forward and AoE.forward
+are empty. Fill them in, by Algorithms 1 and 2 of the paper, with what is there: route
+or look, choose, weigh, experts and routing. The same command then judges them, by a
+loop over tokens and experts written from the paper, with both ways to make a gate.
+"""
+
+import ast
+import importlib.util
+import os
+import sys
+
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import configurator
+from configurator import UserError, read_text, write_text
+
+YOURS = 'out/exercise_0/model.py'
+ALGORITHM = {'MoE': 'Algorithm 1', 'AoE': 'Algorithm 2'}
+
+
+def emptied(source):
+    """The source of model.py without the two bodies."""
+    lines = source.splitlines(keepends=True)
+    for node in reversed(ast.parse(source).body):
+        if getattr(node, 'name', None) in ALGORITHM:
+            forward, = (f for f in node.body if getattr(f, 'name', None) == 'forward')
+            lines[forward.body[0].lineno - 1:forward.end_lineno] = [
+                f"        raise NotImplementedError('yours to write: {ALGORITHM[node.name]}')\n"]
+    return ''.join(lines)
+
+
+def by_the_paper(m, x):
+    """h (T, D) and scores p (T, E) of a layer, one token and one expert after the other."""
+    c, h, p = m.config, torch.zeros_like(x), torch.zeros(len(x), m.config.n_expert).to(x)
+
+    def down(i):                         # Wdown_i: of a whole gate, the first of its neurons
+        return (m.w_down[:, i * c.d_low:(i + 1) * c.d_low] if c.factorised
+                else m.w_g[i, :, :c.d_judge])
+
+    def score(x, i):
+        return x @ m.router[:, i] if c.mlp == 'moe' else (x @ down(i)).square().sum().sqrt()
+
+    for t in range(len(x)):
+        scores = [score(x[t], i) for i in range(c.n_expert)]
+        best = sorted(range(c.n_expert), key=lambda i: -scores[i].item())[:c.top_k]
+        total = sum(scores[i].exp() for i in best)
+        for i in best:
+            gate = x[t] @ down(i) @ m.w_up[i] if c.factorised else x[t] @ m.w_g[i]
+            y = (gate * torch.sigmoid(gate) * (x[t] @ m.w_p[i])) @ m.w_o[i]
+            h[t] += scores[i].exp() / total * y
+        p[t] = torch.stack(scores)
+    return h, p
+
+
+def judge(path):
+    """What is wrong with the layers of the model.py at path: a line for each that is, or none."""
+    spec = importlib.util.spec_from_file_location('yours', path)
+    module = sys.modules['yours'] = importlib.util.module_from_spec(spec)      # for dataclasses
+    spec.loader.exec_module(module)
+    wrong = []
+    for mlp, factorised in (('moe', False), ('moe', True), ('aoe', True), ('aoe', False)):
+        torch.manual_seed(0)
+        config = module.GPTConfig(mlp=mlp, factorised=factorised, n_embd=16, n_head=2, d_ffn=24,
+                                  n_expert=5, top_k=2, aux_weight=0.01)
+        m = module.MLPS[mlp](config).double()
+        for parameter in m.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        x = torch.randn(12, 16, dtype=torch.float64, requires_grad=True)
+        name = f'{type(m).__name__}.forward, {"factorised" if factorised else "whole"} gate'
+        try:
+            h, routing = m(x)
+            found = [h, routing.scores, *torch.autograd.grad(h.sin().sum(), [x, *m.parameters()],
+                                                             materialize_grads=True)]
+        except Exception as error:       # a student's code may raise any
+            wrong.append(f'{name}: {type(error).__name__}: {error}')
+            continue
+        h, p = by_the_paper(m, x)
+        expected = [h, p, *torch.autograd.grad(h.sin().sum(), [x, *m.parameters()],
+                                               materialize_grads=True)]
+        names = ['h', 'the scores', 'the gradient of x',
+                 *(f'the gradient of {key}' for key, _ in m.named_parameters())]
+        for what, a, b in zip(names, expected, found):
+            if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-6, atol=1e-9):
+                wrong.append(f'{name}: {what} is not the paper\'s')
+                break
+    return wrong
+
+
+def main(arguments):
+    if {'-h', '--help'} & {*arguments}:
+        return print(__doc__.strip())
+    if arguments:
+        raise UserError(f'expected no arguments, got {arguments[0]!r}')
+    if not os.path.exists(YOURS):
+        os.makedirs(os.path.dirname(YOURS), exist_ok=True)
+        write_text(YOURS, emptied(read_text(os.path.join(ROOT, 'model.py'))))
+        print(f'made {YOURS}: fill in MoE.forward and AoE.forward, then run this again')
+    wrong = judge(YOURS)
+    print('\n'.join(f'red    {line}' for line in wrong) or 'green  MoE and AoE are the paper\'s')
+    sys.exit(bool(wrong))
+
+
+def test_the_copy_is_red_until_it_is_filled_in(tmp_path):
+    whole, yours = read_text(os.path.join(ROOT, 'model.py')), tmp_path / 'model.py'
+    for source, reds in ((emptied(whole), 4), (whole, 0)):
+        yours.write_text(source, encoding='utf-8')
+        assert len(judge(yours)) == reds
+    for right, wrong, reds in (('choose(p.detach())', 'choose(-p)', 4),
+                               ('w = self.weigh(p, I)', 'w = p.softmax(-1).gather(1, I)', 4),
+                               ('return C, norm(C)', 'return C, norm(C) ** 2', 2),
+                               ('experts(x, I, w, C)', 'experts(x, I, w.detach(), C)', 2)):
+        yours.write_text(whole.replace(right, wrong), encoding='utf-8')
+        assert len(judge(yours)) == reds, wrong
+
+
+def test_the_command_makes_the_copy_and_keeps_what_is_in_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for printed in ('made out/exercise_0/model.py', 'red    MoE.forward, whole gate: NotImpl'):
+        try:
+            main([])
+        except SystemExit as end:
+            assert end.code
+        assert printed in capsys.readouterr().out
+    with open(YOURS, 'w', encoding='utf-8') as file:
+        file.write(read_text(os.path.join(ROOT, 'model.py')))
+    try:
+        main([])
+    except SystemExit as end:
+        assert not end.code
+    assert 'green' in capsys.readouterr().out
+
+
+if __name__ == '__main__':
+    configurator.run(main)
