@@ -742,7 +742,7 @@ def save_figure(figure, path):
 def draw_loss(plt, runs, color):
     """Validation loss over iterations, and over seconds: of each run the mean of its seeds, in a
     band of them all."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout='constrained')
+    figure, panels = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout='constrained')
     later = []                           # the first evaluation, of no training, may lie outside
     for i, (name, seeds) in enumerate(runs.items()):
         logs = [{entry['iter']: entry for entry in log} for _, log in seeds]
@@ -762,7 +762,7 @@ def draw_loss(plt, runs, color):
     panels[1].set(xlabel='seconds of training')
     for axes in panels:
         axes.grid(alpha=0.3)
-    panels[1].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside right upper')
     return figure
 
 

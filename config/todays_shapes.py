@@ -14,7 +14,7 @@ _many = {'n_expert': 32, 'top_k': 4, 'd_ffn': 96, 'aux_weight': 0.01}
 _free = {'n_expert': 12, 'top_k': 3, 'd_ffn': 24}
 runs = {
     'moe 4 of 32': {'mlp': 'moe'} | _many,
-    'moe large router 4 of 32': {'mlp': 'moe', 'router': 'large', 'd_low': 8} | _many,
+    'moe large router 4 of 32': {'mlp': 'moe', 'router': 'large', 'd_low': 16} | _many,
     'aoe whole 4 of 32': {'mlp': 'aoe', 'factorised': False} | _many,
     'aoe whole narrow 4 of 32': {'mlp': 'aoe', 'factorised': False, 'd_judge': 4} | _many,
     'aoe 4 of 32': {'mlp': 'aoe'} | _many,

@@ -1,7 +1,7 @@
 """
 Speed and memory of the three MLPs, in one run, the sides taking turns.
 
-    python tests/bench.py                          # five parts, some minutes
+    python tests/bench.py                          # four parts, some minutes
     python tests/bench.py --only=layer,memory
     python tests/bench.py --threads=1 --json=bench.json
     python tests/bench.py --only=fake config/openwebtext.py
@@ -10,8 +10,8 @@ Times are medians; a ratio is the median of the ratios of each round, so that
 what slows the machine for a while slows both sides of it. Parts: layer (an MLP
 alone, forward and backward), step (a training step of the model), memory
 (bytes that a layer keeps for backward), cost (of aoe over the width that it
-judges by), experts (2 of 16 to 8 of 64, an eighth of them chosen); and fake: the
-most memory that a training step needs with the sizes of a config file, found in
+judges by); and, if asked for, experts (2 of 16 to 8 of 64) and fake: the most
+memory that a training step needs with the sizes of a config file, found in
 seconds with tensors that have no numbers. `aoe whole` is aoe with a gate that is
 not factorised.
 """
@@ -59,7 +59,7 @@ MODELS = {          # a whole training step; of the paper's shape it is too long
 class BenchConfig:
     """The keys of this script."""
     # keys
-    only: str = 'layer,step,memory,cost,experts'   # parts to measure; fake is one more
+    only: str = 'layer,step,memory,cost'   # parts to measure; others are experts and fake
     shapes: str = 'small,medium,paper'   # the sizes to measure, with commas
     rounds: int = 15                     # measurements of each side; the median counts
     warmup: int = 10                     # rounds of a window; it warms up by windows until steady
@@ -240,8 +240,8 @@ def bench_cost(bench, device, _):
 
 
 def bench_experts(bench, device, _):
-    """More and smaller experts, an eighth of them chosen, at the last of the shapes: aoe as wide a
-    judge as by default, and one of D/24."""
+    """More and smaller experts, an eighth of them chosen, at the last of the shapes: with judges as
+    wide as by default, and of D/24 (at least 8)."""
     label, results = bench.shapes.split(',')[-1], []
     shape, _ = LAYERS[label]
     narrow = max(8, 8 * round(shape['n_embd'] / 24 / 8))

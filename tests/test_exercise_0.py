@@ -38,8 +38,10 @@ def emptied(source):
 
 
 def by_the_paper(m, x):
-    """h (T, D) and scores p (T, E) of a layer, one token and one expert after the other."""
-    c, h, p = m.config, torch.zeros_like(x), torch.zeros(len(x), m.config.n_expert).to(x)
+    """h (T, D), scores p and weights (T, E), and L_aux of a layer, one token and one expert after
+    the other."""
+    c, E = m.config, m.config.n_expert
+    h, p, weights = [], [], []           # of each token
 
     def down(i):                         # Wdown_i: of a whole gate, the first of its neurons
         return (m.w_down[:, i * c.d_low:(i + 1) * c.d_low] if c.factorised
@@ -48,49 +50,61 @@ def by_the_paper(m, x):
     def score(x, i):
         return x @ m.router[:, i] if c.mlp == 'moe' else (x @ down(i)).square().sum().sqrt()
 
-    for t in range(len(x)):
-        scores = [score(x[t], i) for i in range(c.n_expert)]
-        best = sorted(range(c.n_expert), key=lambda i: -scores[i].item())[:c.top_k]
+    for token in x:
+        scores = [score(token, i) for i in range(E)]
+        best = torch.stack(scores).topk(c.top_k).indices.tolist()
         total = sum(scores[i].exp() for i in best)
+        w = [scores[i].exp() / total if i in best else torch.zeros(()) for i in range(E)]
+        y = []
         for i in best:
-            gate = x[t] @ down(i) @ m.w_up[i] if c.factorised else x[t] @ m.w_g[i]
-            y = (gate * torch.sigmoid(gate) * (x[t] @ m.w_p[i])) @ m.w_o[i]
-            h[t] += scores[i].exp() / total * y
-        p[t] = torch.stack(scores)
-    return h, p
+            gate = token @ down(i) @ m.w_up[i] if c.factorised else token @ m.w_g[i]
+            y.append(w[i] * ((gate * torch.sigmoid(gate) * (token @ m.w_p[i])) @ m.w_o[i]))
+        h.append(sum(y))
+        p.append(torch.stack(scores))
+        weights.append(torch.stack(w))
+    h, p, weights = torch.stack(h), torch.stack(p), torch.stack(weights)
+    f, P = (weights > 0).float().mean(0), (p.exp() / p.exp().sum(1, keepdim=True)).mean(0)
+    return h, p, weights, c.aux_weight * E * (f * P).sum()
+
+
+def by_the_layer(m, x):
+    """The same of what the layer gives."""
+    h, routing = m(x)
+    p, I, w, aux_loss = routing
+    return h, p, torch.zeros_like(p).scatter(1, I, w), aux_loss
 
 
 def judge(path):
     """What is wrong with the layers of the model.py at path: a line for each that is, or none."""
-    spec = importlib.util.spec_from_file_location('yours', path)
-    module = sys.modules['yours'] = importlib.util.module_from_spec(spec)      # for dataclasses
-    spec.loader.exec_module(module)
     wrong = []
     for mlp, factorised in (('moe', False), ('moe', True), ('aoe', True), ('aoe', False)):
-        torch.manual_seed(0)
-        config = module.GPTConfig(mlp=mlp, factorised=factorised, n_embd=16, n_head=2, d_ffn=24,
-                                  n_expert=5, top_k=2, aux_weight=0.01)
-        m = module.MLPS[mlp](config).double()
-        for parameter in m.parameters():
-            torch.nn.init.normal_(parameter, std=0.5)
-        x = torch.randn(12, 16, dtype=torch.float64, requires_grad=True)
-        name = f'{type(m).__name__}.forward, {"factorised" if factorised else "whole"} gate'
+        name = f'{mlp}, {"factorised" if factorised else "whole"} gate'
         try:
-            h, routing = m(x)
-            found = [h, routing.scores, *torch.autograd.grad(h.sin().sum(), [x, *m.parameters()],
-                                                             materialize_grads=True)]
+            spec = importlib.util.spec_from_file_location('yours', path)
+            module = sys.modules['yours'] = importlib.util.module_from_spec(spec)  # for dataclasses
+            spec.loader.exec_module(module)
+            torch.manual_seed(0)
+            m = module.MLPS[mlp](module.GPTConfig(
+                mlp=mlp, factorised=factorised, n_embd=16, n_head=2, d_ffn=24, n_expert=5, top_k=2,
+                aux_weight=0.01))
+            for parameter in m.parameters():
+                torch.nn.init.normal_(parameter, std=0.3)
+            x = torch.randn(12, 16, requires_grad=True)
+            names = ['h', 'the scores', 'the weights', 'L_aux', 'the gradient of x',
+                     *(f'the gradient of {key}' for key, _ in m.named_parameters())]
+            results = []
+            for compute in (by_the_paper, by_the_layer):
+                h, p, weights, aux_loss = compute(m, x)
+                gradients = torch.autograd.grad(h.sin().sum() + 100 * aux_loss,
+                                                [x, *m.parameters()], materialize_grads=True)
+                results.append([h, p, weights, aux_loss, *gradients])
+            different = [what for what, a, b in zip(names, *results)
+                         if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-3, atol=1e-4)]
+            if different:
+                wrong.append(f'{name}: not the paper\'s are {", ".join(different)}')
         except Exception as error:       # a student's code may raise any
-            wrong.append(f'{name}: {type(error).__name__}: {error}')
-            continue
-        h, p = by_the_paper(m, x)
-        expected = [h, p, *torch.autograd.grad(h.sin().sum(), [x, *m.parameters()],
-                                               materialize_grads=True)]
-        names = ['h', 'the scores', 'the gradient of x',
-                 *(f'the gradient of {key}' for key, _ in m.named_parameters())]
-        for what, a, b in zip(names, expected, found):
-            if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-6, atol=1e-9):
-                wrong.append(f'{name}: {what} is not the paper\'s')
-                break
+            said = (str(error).splitlines() or [''])[0]
+            wrong.append(f'{name}: {type(error).__name__}: {said}')
     return wrong
 
 
@@ -100,7 +114,10 @@ def main(arguments):
     if arguments:
         raise UserError(f'expected no arguments, got {arguments[0]!r}')
     if not os.path.exists(YOURS):
-        os.makedirs(os.path.dirname(YOURS), exist_ok=True)
+        try:
+            os.makedirs(os.path.dirname(YOURS), exist_ok=True)
+        except OSError as error:
+            raise UserError(f'expected to make {YOURS}, got {error}') from None
         write_text(YOURS, emptied(read_text(os.path.join(ROOT, 'model.py'))))
         print(f'made {YOURS}: fill in MoE.forward and AoE.forward, then run this again')
     wrong = judge(YOURS)
@@ -113,17 +130,22 @@ def test_the_copy_is_red_until_it_is_filled_in(tmp_path):
     for source, reds in ((emptied(whole), 4), (whole, 0)):
         yours.write_text(source, encoding='utf-8')
         assert len(judge(yours)) == reds
-    for right, wrong, reds in (('choose(p.detach())', 'choose(-p)', 4),
-                               ('w = self.weigh(p, I)', 'w = p.softmax(-1).gather(1, I)', 4),
-                               ('return C, norm(C)', 'return C, norm(C) ** 2', 2),
-                               ('experts(x, I, w, C)', 'experts(x, I, w.detach(), C)', 2)):
+    for right, wrong, reds in (
+            ('choose(p.detach())', 'choose(-p)', 4),
+            ('w = self.weigh(p, I)', 'w = p.softmax(-1).gather(1, I)', 4),
+            ('return C, norm(C)', 'return C, norm(C) ** 2', 2),
+            ('experts(x, I, w, C)', 'experts(x, I, w.detach(), C)', 2),
+            ('return h, self.routing(p, I, w)', 'return h, Routing(p, I, w, p.new_zeros(()))', 4),
+            ('return h, self.routing(p, I, w)', 'return h, self.routing(p.detach(), I, w)', 4),
+            ('return h, self.routing(p, I, w)', 'return h, self.routing(p, I * 0, w)', 4),
+            ('import math', 'import maths', 4), ('import math', 'import math (', 4)):
         yours.write_text(whole.replace(right, wrong), encoding='utf-8')
         assert len(judge(yours)) == reds, wrong
 
 
 def test_the_command_makes_the_copy_and_keeps_what_is_in_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for printed in ('made out/exercise_0/model.py', 'red    MoE.forward, whole gate: NotImpl'):
+    for printed in ('made out/exercise_0/model.py', 'red    moe, whole gate: NotImpl'):
         try:
             main([])
         except SystemExit as end:

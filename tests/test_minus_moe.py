@@ -30,20 +30,22 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import configurator
-from configurator import UserError, build, parse, read_text, write_text
+from configurator import UserError, build, expect, parse, read_text, write_text
 from train import COLORS, mean_and_spread, print_rows, pyplot, save_figure
 
 LABELS = {'': 'without L_aux', 'aux': 'with L_aux'}                # of settings in the picture
 # what makes a variant, and may differ between a run and its moe; and what may not
 OF_VARIANT = {'mlp', 'factorised', 'router', 'd_low', 'd_judge', 'seed', 'frozen', 'bias_step',
               'virtual'}
-SAME = ('lr_decay_iters', 'sha256', 'tokenizer', 'device', 'torch', 'model.py')
+SAME = ('lr_decay_iters', 'sha256', 'tokenizer', 'device', 'torch')
+RATES = {'learning_rate', 'min_lr'}
 # half a 95 % interval in standard errors, of 2, 3 ... 11 differences (Student's t)
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 # the tables of pages: between a mark, with the command that prints it, and the end mark
-TABLE = re.compile(r'(<!-- python tests/test_minus_moe\.py ([^\n]+) -->\n).*?(<!-- end -->)', re.S)
+MARK = '<!-- python tests/test_minus_moe.py '
+TABLE = re.compile(f'({MARK}([^\n]+) -->\n)(?:(?!<!--).)*(<!-- end -->)', re.S)
 
 
 @dataclass
@@ -55,6 +57,10 @@ class MinusConfig:
     losses: bool = False                 # with by_setting: losses, and no differences
     picture: str | None = None           # draw the differences to this file
     pages: bool = False                  # the files are pages: write their tables anew
+
+    def __post_init__(self):
+        expect(self, 'losses', 'False without --by_setting=True',
+               lambda losses: self.by_setting or not losses)
 
 
 def variant_of(seeds):
@@ -176,7 +182,7 @@ def test_the_script_says_what_it_compares_and_what_not(tmp_path, capsys):
     main([str(tmp_path / 'results.jsonl')])
     printed = capsys.readouterr().out
     assert '**-0.0999 ± 0.0013**' in printed and printed.count('**') == 2
-    assert 'aoe: no moe of its seeds, data, code, iterations and schedule' in printed
+    assert 'aoe: no moe of its seeds, data, iterations and schedule' in printed
 
 
 def test_rivals_are_variants_of_their_own_and_may_take_the_place_of_moe():
@@ -212,7 +218,7 @@ def test_the_pages_hold_what_the_commands_in_their_marks_print(monkeypatch, tmp_
     monkeypatch.chdir(ROOT)
     found = 0
     for page in ('README.md', 'config/README.md', 'config/EXERCISES.md'):
-        found += len(TABLE.findall(read_text(page)))
+        found += read_text(page).count(MARK)
         assert with_tables(page) == read_text(page), f'{page}: write it anew with --pages=True'
     assert found > 5
     page, right = tmp_path / 'page.md', read_text('config/README.md')
@@ -221,9 +227,25 @@ def test_the_pages_hold_what_the_commands_in_their_marks_print(monkeypatch, tmp_
     assert page.read_text(encoding='utf-8') == right
 
 
-def test_what_is_no_results_file_is_refused(refuse):
-    for file in ('none.jsonl', 'two_questions.py'):
-        assert 'expected a results.jsonl' in refuse(main, os.path.join(ROOT, 'config', file))
+def test_what_cannot_be_compared_is_refused(refuse, tmp_path):
+    file = os.path.join(ROOT, 'config', 'sizes_results.jsonl')
+    for wrong in ('config/none.jsonl', 'config/sizes.py', 'config'):
+        assert 'expected a results.jsonl' in refuse(main, os.path.join(ROOT, wrong))
+    assert "each run once, got 'aoe 192', seed 1, again" in refuse(main, file, file)
+    assert 'minus: expected one of aoe, aoe whole, moe, got' in refuse(main, file, '--minus=no')
+    assert 'losses: expected False without' in refuse(main, file, '--losses=True')
+    assert 'expected a results.jsonl, got none' in refuse(main)
+
+
+def test_a_page_without_whole_marks_is_refused_and_left(refuse, tmp_path):
+    page = tmp_path / 'page.md'
+    a, b = f'{MARK}a.jsonl -->\n', f'{MARK}b.jsonl -->\n'
+    for text in ('', f'{a}text', f'{a}{b}<!-- end -->'):
+        page.write_text(text)
+        assert 'expected marks' in refuse(main, '--pages=True', str(page))
+        assert page.read_text() == text
+    assert 'expected marks' in refuse(main, '--pages=True', str(tmp_path / 'none.md'))
+    assert not (tmp_path / 'none.md').exists()
 
 
 def draw(results, found, config):
@@ -253,12 +275,18 @@ def read_results(files):
     results = {}
     for file in files:
         try:
-            for result in map(json.loads, read_text(file).splitlines() or ['']):
-                results.setdefault(result['run'], {})[result['seed']] = result
-                order_of(result['run'], results[result['run']])    # it has what sorts it
-        except (ValueError, KeyError, TypeError):
+            lines = [json.loads(text) for text in read_text(file).splitlines() or ['']]
+            for line in lines:           # what the tables need is there
+                order_of(line['run'], {line['seed']: line}), line['iter'], line['lowest_val_loss']
+        except (ValueError, KeyError, TypeError, OSError):
             raise UserError(f'{file}: expected a results.jsonl of this train.py, got another file, '
                             'or none') from None
+        for line in lines:
+            seeds = results.setdefault(line['run'], {})
+            if line['seed'] in seeds:
+                raise UserError(f'{file}: expected each run once, got {line["run"]!r}, seed '
+                                f'{line["seed"]}, again')
+            seeds[line['seed']] = line
     return dict(sorted(results.items(), key=lambda run: order_of(*run)))
 
 
@@ -294,9 +322,12 @@ def rows_by_setting(results, found, config):
     variants = list(dict.fromkeys(variant_of(seeds) for seeds in results.values()))
     cells = {}                           # setting -> {variant: cell}
     for name, seeds in results.items():
-        cell = difference_of(found[name][2]) if name in found and not config.losses else None
-        row = cells.setdefault(setting_of(name, seeds), {})
-        row[variant_of(seeds)] = cell or loss_of(seeds)
+        variant, cell = variant_of(seeds), '-'
+        if variant == config.minus or config.losses:
+            cell = loss_of(seeds)
+        elif name in found:
+            cell = difference_of(found[name][2])
+        cells.setdefault(setting_of(name, seeds), {})[variant] = cell
     yield ('', *(variant if variant == config.minus or config.losses
                  else f'{variant}, minus {config.minus}' for variant in variants))
     for setting, row in cells.items():
@@ -304,14 +335,20 @@ def rows_by_setting(results, found, config):
 
 
 def with_tables(page):
-    """The text of a page, its tables written anew, each by the command in its mark."""
+    """The text of a page, its tables written anew, each by the command in its mark, and below a
+    table what differs between a run and its moe. Raises UserError."""
     def table(match):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             main(shlex.split(match[2]))
-        rows = [line for line in printed.getvalue().splitlines() if line.startswith('|')]
-        return match[1] + '\n'.join(rows) + '\n' + match[3]
-    return TABLE.sub(table, read_text(page))
+        rows, *notes = printed.getvalue().strip().split('\n\n')[::2]
+        return '\n'.join([match[1] + rows, *(['', *notes, ''] if notes else []), match[3]])
+
+    text = read_text(page)
+    if not text.count(MARK) == len(TABLE.findall(text)) > 0:
+        raise UserError(f'{page}: expected marks {MARK}... -->, each with its <!-- end -->, got '
+                        f'{text.count(MARK)} marks and {len(TABLE.findall(text))} tables')
+    return TABLE.sub(table, text)
 
 
 def main(arguments):
@@ -324,19 +361,30 @@ def main(arguments):
             write_text(page, with_tables(page))
         return
     results = read_results(files)
+    variants = {variant_of(seeds) for seeds in results.values()}
+    if config.minus not in variants and not config.losses:
+        raise UserError(f'minus: expected one of {", ".join(sorted(variants))}, got '
+                        f'{config.minus!r}')
     found = differences(results, config.minus)
-    print_rows(list((rows_by_setting if config.by_setting else rows_by_run)(
-        results, found, config)))
+    rows = rows_by_setting if config.by_setting else rows_by_run
+    print_rows(list(rows(results, found, config)))
+    if config.losses:
+        return
     print(f'\nminus {config.minus}: mean ± half of a 95 % interval (Student\'s t), bold where it '
           'excludes 0. One\nin twenty does by chance: of ten rows without any difference, one or '
           'more would be bold\nwith a probability of 40 %, of these '
           f'{len(found)} with {1 - 0.95 ** len(found):.0%}')
+    own_rate = [name for name in found if {*found[name][1]} & RATES]
+    if own_rate:
+        print(f'with learning rates of their own: {", ".join(own_rate)}')
+    notes = []
     for name, seeds in results.items():
-        if name in found and found[name][1]:
+        if name in found and {*found[name][1]} - RATES:
             base, differ, _ = found[name]
-            print(f'{name}: minus {base}, which differs in {", ".join(differ)}')
+            notes.append(f'{name}: minus {base}, which differs in {", ".join(differ)}')
         elif name not in found and variant_of(seeds) != config.minus:
-            print(f'{name}: no {config.minus} of its seeds, data, code, iterations and schedule')
+            notes.append(f'{name}: no {config.minus} of its seeds, data, iterations and schedule')
+    print('\n'.join(['', *notes] if notes else []), end='\n' if notes else '')
     if config.picture:
         draw(results, found, config)
 

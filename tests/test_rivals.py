@@ -1,5 +1,5 @@
-"""config/rivals.patch: it fits model.py, its keys do what config/who_scores.py says of them, and
-that experiment runs."""
+"""config/rivals.patch: it fits model.py, its keys do what config/rivals.py says of them, and that
+experiment runs."""
 
 import glob
 import importlib.util
@@ -49,9 +49,12 @@ def layer(patched):
 def test_frozen_scorers_stay_as_they_were_drawn(layer, mlp, factorised):
     m, x = layer(mlp, factorised=factorised, frozen=True, aux_weight=0.1), torch.randn(64, 32)
     before = {name: p.detach().clone() for name, p in m.named_parameters()}
-    h, routing = m(x)
-    (h.square().sum() + routing.aux_loss).backward()
-    torch.optim.AdamW(m.parameters(), weight_decay=0.0).step()
+    optimizer = torch.optim.AdamW(m.parameters(), weight_decay=0.1)
+    for _ in range(2):
+        h, routing = m(x)
+        (h.square().sum() + routing.aux_loss).backward()
+        optimizer.step()
+    m.eval()(x)
     change = {name: p.detach() - before[name] for name, p in m.named_parameters()}
     judges = change.pop('router' if mlp == 'moe' else 'w_down' if factorised else 'w_g')
     if mlp == 'aoe' and not factorised:
@@ -85,8 +88,18 @@ def test_the_virtual_expert_is_all_that_the_judges_make(layer):
     torch.testing.assert_close(m(x)[0], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('refused', ('--mlp=aoe --virtual=True', '--mlp=moe --virtual=True',
+                                     '--mlp=dense --frozen=True', '--mlp=aoe --bias_step=0.1',
+                                     '--mlp=moe --bias_step=-1'))
+def test_what_is_no_rival_is_refused(refused, patched):
+    process = subprocess.run([sys.executable, 'train.py', *refused.split()], cwd=patched,
+                             capture_output=True, text=True, timeout=100)
+    key = refused.split('--')[-1].partition('=')[0]
+    assert process.returncode == 2 and process.stderr.startswith(f'error: {key}: expected')
+
+
 def test_the_experiment_runs_when_patched_and_is_refused_when_not(patched, workspace):
-    command = ['config/paper_table2.py', 'config/who_scores.py', *SMALL, '--max_iters=1',
+    command = ['config/paper_table2.py', 'config/rivals.py', *SMALL, '--max_iters=1',
                '--data_dir=' + str(workspace / 'data'), '--seeds=1', f'--out_dir={patched}/out']
     for folder, status in ((patched, 0), (ROOT, 2)):
         process = subprocess.run([sys.executable, 'train.py', *command], cwd=folder,

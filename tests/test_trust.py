@@ -346,7 +346,7 @@ def test_any_name_can_be_drawn(train_here, name, tmp_path):
     import matplotlib.pyplot as plt
     figure = train.draw_loss(plt, train.find_runs('out/names'), dict.fromkeys(
         train.find_runs('out/names'), 'black'))
-    labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert any(name in label for label in labels)
     plt.close(figure)
 

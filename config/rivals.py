@@ -1,0 +1,23 @@
+"""
+Rivals of today, and scorers that don't learn, which are no part of model.py but a
+patch of it: a router, or judges, that stay as they were drawn; sigmoid scores
+balanced by a bias and not by L_aux (DeepSeek-V3); all judges together as a virtual
+shared expert (Union-of-Experts). On the seeds of who_scores.py, whose moe they are
+compared with, at its learning rate:
+
+    git apply config/rivals.patch
+    python train.py config/paper_table2.py config/rivals.py --seeds=31,32,33,34
+    python train.py config/paper_table2.py config/rivals.py --seeds=35,36,37,38
+    git apply --reverse config/rivals.patch
+"""
+
+out_dir = 'out/rivals'
+aux_weight = 0.01
+runs = {
+    'moe frozen': {'mlp': 'moe', 'frozen': True},
+    'moe sigmoid': {'mlp': 'moe', 'bias_step': 1e-3, 'aux_weight': 0},
+    'moe factorised frozen': {'mlp': 'moe', 'factorised': True, 'frozen': True},
+    'aoe whole frozen': {'mlp': 'aoe', 'factorised': False, 'frozen': True},
+    'aoe whole virtual': {'mlp': 'aoe', 'factorised': False, 'virtual': True},
+    'aoe frozen': {'mlp': 'aoe', 'frozen': True},
+}
