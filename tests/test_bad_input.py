@@ -17,7 +17,8 @@ from conftest import SMALL, run_script
 MODEL = 'out/spoilt/aoe'
 
 MISTAKES = {prepare_data: (
-    (['shakespear'], 'expected shakespeare, tinyshakespeare, openwebtext or a text in UTF-8'),
+    (['shakespear'], 'expected shakespeare, prose_and_code, tinyshakespeare, openwebtext or a '
+     'text in UTF-8'),
     (['nothing.txt'], "got 'nothing.txt': [Errno 2] No such file or directory"),
     ([''], "got '': [Errno 2] No such file or directory"),
     (['data'], 'expected at least two tokens, got 0; of a folder, only .txt and .jsonl files are'),
@@ -151,7 +152,7 @@ MISTAKES = {prepare_data: (
     (['out/trained/aoe', '--top_k=3'], '--top_k: no such key; did you mean vocab_top_k?'),
     (['out/trained/aoe', '--device=tpu'], 'device: expected auto or one of'),
 ), bench: (
-    (['--only=everything'], "only: expected some of layer, step, memory, cost, fake, got"),
+    (['--only=everything'], "only: expected some of layer, step, memory, cost, experts, fake, got"),
     (['--rounds=0'], 'rounds: expected a positive number, got 0'),
     (['--warmup=x'], "--warmup: expected int, got 'x'"),
 )}

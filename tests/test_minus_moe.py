@@ -9,8 +9,9 @@ where that excludes 0.
 
 reads what train.py left in an out_dir's results.jsonl, or in several. A run is
 compared with the moe run whose settings differ least from its own, on the same
-data, with the same code, iterations and schedule. The last command writes the
-tables of these pages anew, each from the command in the mark above it.
+data, with the same iterations and schedule; what differs is told below the table.
+The last command writes the tables of these pages anew, each by the command in the
+mark above it.
 """
 
 import contextlib
@@ -41,8 +42,6 @@ SAME = ('lr_decay_iters', 'sha256', 'tokenizer', 'device', 'torch')
 RATES = {'learning_rate', 'min_lr'}
 # half a 95 % interval in standard errors, of 2, 3 ... 11 differences (Student's t)
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
-
 # the tables of pages: between a mark, with the command that prints it, and the end mark
 MARK = '<!-- python tests/test_minus_moe.py '
 TABLE = re.compile(f'({MARK}([^\n]+) -->\n)(?:(?!<!--).)*(<!-- end -->)', re.S)
@@ -384,7 +383,8 @@ def main(arguments):
             notes.append(f'{name}: minus {base}, which differs in {", ".join(differ)}')
         elif name not in found and variant_of(seeds) != config.minus:
             notes.append(f'{name}: no {config.minus} of its seeds, data, iterations and schedule')
-    print('\n'.join(['', *notes] if notes else []), end='\n' if notes else '')
+    if notes:
+        print('\n' + '\n'.join(notes))
     if config.picture:
         draw(results, found, config)
 

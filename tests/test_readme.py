@@ -11,7 +11,7 @@ import torch
 
 from conftest import ROOT, run_script
 
-PAGES = ('README.md', 'config/README.md', 'config/EXERCISES.md')
+PAGES = ('README.md', 'config/README.md', 'config/EXERCISES.md', 'config/ANSWERS.md')
 
 
 def text_of(page):
@@ -56,6 +56,8 @@ def test_every_command_runs_shortened(tmp_path, code_text):
         program, *arguments = shlex.split(command)
         if 'openwebtext' in arguments or '--compile=True' in arguments:      # the slow tests below
             continue
+        if 'config/rivals.py' in command:                # needs a patch: test_rivals.py
+            continue
         if '--only=fake' in arguments and not hasattr(torch.nn.functional, 'grouped_mm'):
             continue                                     # as the page says
         script = next(argument for argument in arguments if argument.endswith('.py'))
@@ -74,13 +76,16 @@ def test_every_command_runs_shortened(tmp_path, code_text):
             run_script('prepare_data.py', 'shakespeare', '--tokenizer=gpt2', cwd=tmp_path)
             arguments += TINY
         process = run_script(script, *arguments, cwd=tmp_path, check=False, processes=processes)
-        assert process.returncode == 0, f'{command}\n{process.stderr}'
+        red = 'exercise_0' in script                     # until it is done
+        assert process.returncode == red, f'{command}\n{process.stderr}'
         ran.add(script)
     assert ran == {'train.py', 'sample.py', 'prepare_data.py', 'tests/bench.py',
-                   'tests/test_toy.py', 'tests/test_pilot.py', 'tests/test_minus_moe.py'}
+                   'tests/test_toy.py', 'tests/test_pilot.py', 'tests/test_minus_moe.py',
+                   'tests/test_exercise_0.py'}
 
 
-@pytest.mark.parametrize('file', ('bench', 'test_minus_moe', 'test_pilot', 'test_toy'))
+@pytest.mark.parametrize('file', ('bench', 'test_exercise_0', 'test_lab', 'test_minus_moe',
+                                  'test_pilot', 'test_toy'))
 def test_what_the_pages_start_needs_no_pytest(file):
     assert not re.search('^(import|from) pytest', text_of(f'tests/{file}.py'), flags=re.M)
 
@@ -109,7 +114,8 @@ def anchors(page):
 
 @pytest.mark.parametrize('page', PAGES)
 def test_links_and_pictures_are_there(page):
-    for target in re.findall(r'\]\(([^)]+)\)', text_of(page)):
+    prose = re.sub('```.*?```', '', text_of(page), flags=re.S)
+    for target in re.findall(r'\]\(([^)]+)\)', prose):
         if target.startswith('http'):
             continue
         file, _, anchor = target.partition('#')
