@@ -19,7 +19,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import configurator
-from configurator import read_text, write_text
+from configurator import parse, read_config_file, read_text, write_text
+from train import TrainConfig, plan_runs
 
 NOTEBOOK = os.path.join(ROOT, 'config', 'lab.ipynb')
 # an edit, or commands
@@ -90,6 +91,18 @@ def test_the_notebook_is_the_core():
     assert sum(source.startswith('!python train.py') for source in sources) >= 5
     assert sum('assert old in code' in source for source in sources) == 3
     assert sum('display(Image' in source for source in sources) >= 2
+
+
+def test_every_command_of_the_lab_plans_three_seeds_of_a_run_of_its_own():
+    lab = read_config_file(TrainConfig, os.path.join(ROOT, 'config', 'lab.py'))
+    commands = re.findall('^    python train.py config/lab.py (.*--name=.*)$', exercises(), re.M)
+    names = set()
+    for command in commands:
+        values, _ = parse(TrainConfig, command.split(), '')
+        runs = plan_runs(lab, values)
+        assert len(runs) == 3
+        names.add(runs[0].name)
+    assert len(names) == len(commands) > 10
 
 
 def test_every_edit_fits_model_py_and_trains():
