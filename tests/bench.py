@@ -224,6 +224,11 @@ def bench_layer(bench, device, _):
     return results
 
 
+def part_of(D, part):
+    """The multiple of 8 that is nearest to D / part, at least 8."""
+    return max(8, 8 * round(D / part / 8))
+
+
 def bench_cost(bench, device, _):
     """Table 4 of the paper: what aoe costs over d_low, D/12 to 2 D/3, at the last of the shapes;
     and with a whole gate over d_judge, D/24 to D/3."""
@@ -233,7 +238,7 @@ def bench_cost(bench, device, _):
     for side, key, parts in (('aoe', 'd_low', (12, 6, 3, 1.5)),
                              ('aoe whole', 'd_judge', (24, 12, 6, 3))):
         for part in parts:
-            width = max(8, 8 * round(shape['n_embd'] / part / 8))
+            width = part_of(shape['n_embd'], part)
             configs[f'{side} {width}'] = replace(layer_config(side, shape, bench), **{key: width})
     title = f'cost over d_low (whole: d_judge), {label}, aux_weight {bench.aux_weight:g}'
     return compare('cost', title, label, configs, bench, device)
@@ -244,7 +249,7 @@ def bench_experts(bench, device, _):
     wide as by default, and of D/24 (at least 8)."""
     label, results = bench.shapes.split(',')[-1], []
     shape, _ = LAYERS[label]
-    narrow = max(8, 8 * round(shape['n_embd'] / 24 / 8))
+    narrow = part_of(shape['n_embd'], 24)
     for E in (16, 32, 64):
         K = E // 8
         sizes = shape | {'n_expert': E, 'top_k': K, 'd_ffn': 2 * shape['d_ffn'] // K}

