@@ -1,5 +1,6 @@
 """
-Learning rates of the large router of who_scores.py, on a seed of their own:
+Learning rates of who_scores.py and who_scores_sizes.py that learning_rate.py doesn't
+have, on a seed of their own: of large routers, and of moe with a factorised gate:
 
     python train.py config/paper_table2.py config/who_scores_rates.py
 """
@@ -7,7 +8,18 @@ Learning rates of the large router of who_scores.py, on a seed of their own:
 out_dir = 'out/who_scores_rates'
 aux_weight = 0.01
 seeds = [21]
+_large = {'mlp': 'moe', 'router': 'large'}               # as many parameters as judges of D/6
+_rates = {
+    'moe large router': (_large | {'d_low': 16}, ('7e-4', '1e-3', '1.4e-3', '2e-3', '2.8e-3')),
+    'moe factorised': ({'mlp': 'moe', 'factorised': True}, ('1e-3', '1.4e-3', '2e-3')),
+    'moe factorised large router': (_large | {'d_low': 16, 'factorised': True},
+                                    ('1e-3', '1.4e-3', '2e-3')),
+    'moe large router 48': (_large | {'d_low': 8, 'n_embd': 48, 'n_head': 2},
+                            ('2.8e-3', '4e-3', '5.6e-3')),
+    'moe large router 192': (_large | {'d_low': 32, 'n_embd': 192, 'n_head': 8},
+                             ('5e-4', '7e-4', '1e-3')),
+}
 runs = {}
-for _rate in ('7e-4', '1e-3', '1.4e-3', '2e-3', '2.8e-3'):
-    runs[f'moe large router {_rate}'] = {'mlp': 'moe', 'router': 'large', 'd_low': 16,
-                                         'learning_rate': float(_rate)}
+for _name, (_variant, _tried) in _rates.items():
+    for _rate in _tried:
+        runs[f'{_name} {_rate}'] = _variant | {'learning_rate': float(_rate)}

@@ -1,0 +1,23 @@
+"""
+The first three of who_scores.py at half and at twice its width, on seeds that no
+other table has, each with the best of its learning rates on other seeds
+(learning_rate.py and who_scores_rates.py). A process a core:
+
+    python train.py config/paper_table2.py config/who_scores_sizes.py --seeds=51,52,53
+    python train.py config/paper_table2.py config/who_scores_sizes.py --seeds=54,55
+"""
+
+out_dir = 'out/who_scores_sizes'
+aux_weight = 0.01
+seeds = [51, 52, 53, 54, 55]
+runs = {}
+for _width, _moe_rate, _large_rate, _whole_rate in (
+        (48, 5.6e-3, 4e-3, 4e-3), (192, 1e-3, 7e-4, 7e-4)):
+    _size = {'n_embd': _width, 'n_head': _width // 24}
+    runs |= {
+        f'moe {_width}': _size | {'mlp': 'moe', 'learning_rate': _moe_rate},
+        f'moe large router {_width}': _size | {'mlp': 'moe', 'router': 'large',
+                                               'd_low': _width // 6, 'learning_rate': _large_rate},
+        f'aoe whole {_width}': _size | {'mlp': 'aoe', 'factorised': False,
+                                        'learning_rate': _whole_rate},
+    }
