@@ -3,8 +3,9 @@ The lab of config/EXERCISES.md: its edits fit model.py, and its notebook is its 
 
     python tests/test_lab.py
 
-writes config/lab.ipynb, the core of the exercises cell by cell: text as it stands,
-commands to be run, edits of model.py as an edit, and the pictures that a text names.
+writes config/lab.ipynb, the core of the exercises cell by cell and what we measured:
+text as it stands, commands to be run, edits of model.py as an edit, and the pictures
+that a text names.
 """
 
 import json
@@ -56,7 +57,7 @@ def cells_of(text):
 
 def notebook():
     """config/lab.ipynb, as text: how to start, and the core."""
-    core = exercises().split('\n# ')[1]
+    _, core, measured, _ = exercises().split('\n# ')
     assert core.startswith('The core')
     pieces = [
         ('markdown', 'Made from EXERCISES.md by `python tests/test_lab.py`; it runs in a clone of '
@@ -65,7 +66,7 @@ def notebook():
          "os.chdir('..' if os.path.basename(os.getcwd()) == 'config' else '.')"),
         ('code', '!pip install -q -r requirements.txt\n!python prepare_data.py shakespeare\n'
          '!python train.py config/lab.py')]
-    for kind, source in cells_of('# ' + core):
+    for kind, source in [*cells_of('# ' + core), ('markdown', '# ' + measured)]:
         pieces.append((kind, source))
         for picture in re.findall(r'(\w+\.png)`', source) if kind == 'markdown' else ():
             pieces.append(('code', f"display(Image('out/lab/{picture}'))"))

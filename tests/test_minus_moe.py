@@ -330,7 +330,7 @@ def rows_by_setting(results, found, config):
     yield ('', *(variant if variant == config.minus or config.losses
                  else f'{variant}, minus {config.minus}' for variant in variants))
     for setting, row in cells.items():
-        yield (setting or '-', *(row.get(variant, '') for variant in variants))
+        yield (setting or 'as is', *(row.get(variant, '') for variant in variants))
 
 
 def with_tables(page):
