@@ -13,11 +13,11 @@ _rates = {
     'moe large router': (_large | {'d_low': 16}, ('7e-4', '1e-3', '1.4e-3', '2e-3', '2.8e-3')),
     'moe factorised': ({'mlp': 'moe', 'factorised': True}, ('1e-3', '1.4e-3', '2e-3')),
     'moe factorised large router': (_large | {'d_low': 16, 'factorised': True},
-                                    ('1e-3', '1.4e-3', '2e-3')),
+                                    ('1e-3', '1.4e-3', '2e-3', '2.8e-3', '4e-3')),
     'moe large router 48': (_large | {'d_low': 8, 'n_embd': 48, 'n_head': 2},
-                            ('2.8e-3', '4e-3', '5.6e-3')),
+                            ('2.8e-3', '4e-3', '5.6e-3', '8e-3')),
     'moe large router 192': (_large | {'d_low': 32, 'n_embd': 192, 'n_head': 8},
-                             ('5e-4', '7e-4', '1e-3')),
+                             ('3.5e-4', '5e-4', '7e-4', '1e-3')),
 }
 runs = {}
 for _name, (_variant, _tried) in _rates.items():
