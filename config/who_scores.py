@@ -19,6 +19,6 @@ runs = {
     'aoe whole': {'mlp': 'aoe', 'factorised': False, 'learning_rate': 2e-3},
     'moe factorised': {'mlp': 'moe', 'factorised': True, 'learning_rate': 1.4e-3},
     'moe factorised large router': {'mlp': 'moe', 'factorised': True, 'router': 'large',
-                                    'learning_rate': 2.8e-3},
+                                    'learning_rate': 1.4e-3},
     'aoe': {'mlp': 'aoe', 'learning_rate': 1.4e-3},
 }

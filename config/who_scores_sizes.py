@@ -12,7 +12,7 @@ aux_weight = 0.01
 seeds = [51, 52, 53, 54, 55]
 runs = {}
 for _width, _moe_rate, _large_rate, _whole_rate in (
-        (48, 5.6e-3, 4e-3, 4e-3), (192, 1e-3, 7e-4, 7e-4)):
+        (48, 5.6e-3, 5.6e-3, 4e-3), (192, 1e-3, 5e-4, 7e-4)):
     _size = {'n_embd': _width, 'n_head': _width // 24}
     runs |= {
         f'moe {_width}': _size | {'mlp': 'moe', 'learning_rate': _moe_rate},

@@ -70,8 +70,6 @@ def test_every_command_runs_shortened(tmp_path, code_text):
             arguments += ['--init_from=auto'] * ('eval_only' not in command)
             if re.search('paper|lab', command) and '--seeds' not in command:
                 arguments += ['--seeds=1']
-            if 'two_questions' in command:
-                arguments += ['--mlp=aoe,moe']           # two of its runs
         if 'pilot' in script:
             arguments = [folder for folder in arguments if list(tmp_path.glob(folder))]
         last = {argument.partition('=')[0]: argument for argument in arguments}
