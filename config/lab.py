@@ -3,7 +3,7 @@ variant trains in three minutes."""
 out_dir = 'out/lab'
 dataset = 'shakespeare'
 mlp = 'aoe,moe,dense'
-seeds = [1, 2, 3]
+seeds = [7, 8, 9]
 
 n_layer = 3
 n_head = 4
