@@ -181,7 +181,7 @@ def test_the_script_says_what_it_compares_and_what_not(tmp_path, capsys):
     main([str(tmp_path / 'results.jsonl')])
     printed = capsys.readouterr().out
     assert '**-0.0999 ± 0.0013**' in printed and printed.count('**') == 2
-    assert 'aoe: no moe of its seeds, data, iterations and schedule' in printed
+    assert '- aoe: no moe with the same seeds, data, iterations and schedule' in printed
 
 
 def test_rivals_are_variants_of_their_own_and_may_take_the_place_of_moe():
@@ -330,7 +330,7 @@ def rows_by_setting(results, found, config):
     yield ('', *(variant if variant == config.minus or config.losses
                  else f'{variant}, minus {config.minus}' for variant in variants))
     for setting, row in cells.items():
-        yield (setting or 'as is', *(row.get(variant, '') for variant in variants))
+        yield (setting or 'default', *(row.get(variant, '') for variant in variants))
 
 
 def with_tables(page):
@@ -376,15 +376,18 @@ def main(arguments):
     own_rate = [name for name in found if {*found[name][1]} & RATES]
     if own_rate:
         print(f'with learning rates of their own: {", ".join(own_rate)}')
-    notes = []
+    notes = {}                                           # what is to be said -> of which runs
     for name, seeds in results.items():
         if name in found and {*found[name][1]} - RATES:
             base, differ, _ = found[name]
-            notes.append(f'{name}: minus {base}, which differs in {", ".join(differ)}')
+            note = f'minus a run of {base} that differs in {", ".join(differ)}, too'
         elif name not in found and variant_of(seeds) != config.minus:
-            notes.append(f'{name}: no {config.minus} of its seeds, data, iterations and schedule')
+            note = f'no {config.minus} with the same seeds, data, iterations and schedule'
+        else:
+            continue
+        notes.setdefault(note, []).append(name)
     if notes:
-        print('\n' + '\n'.join(notes))
+        print('\n' + '\n'.join(f'- {", ".join(names)}: {note}' for note, names in notes.items()))
     if config.picture:
         draw(results, found, config)
 
