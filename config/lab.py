@@ -1,5 +1,5 @@
 """For the exercises (EXERCISES.md): the quick start's proportions, smaller, with three seeds; a
-variant trains in three minutes."""
+variant trains in three to four minutes."""
 out_dir = 'out/lab'
 dataset = 'shakespeare'
 mlp = 'aoe,moe,dense'
