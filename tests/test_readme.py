@@ -69,7 +69,8 @@ def test_every_command_runs_shortened(tmp_path, code_text):
         if script == 'train.py':
             arguments += ['--init_from=auto'] * ('eval_only' not in command)
             if re.search('paper|lab', command) and '--seeds' not in command:
-                arguments += ['--seeds=7' if 'lab' in command else '--seeds=1']    # the pages'
+                # a page goes on with out/lab/aoe-7
+                arguments += ['--seeds=7' if 'lab' in command else '--seeds=1']
         if 'pilot' in script:
             arguments = [folder for folder in arguments if list(tmp_path.glob(folder))]
         arguments = list({argument.partition('=')[0]: argument for argument in arguments}.values())
