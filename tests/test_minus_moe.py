@@ -5,7 +5,7 @@ where that excludes 0.
 
     python tests/test_minus_moe.py config/two_questions_results.jsonl
     python tests/test_minus_moe.py config/sizes_results.jsonl --picture=out/sizes.png
-    python tests/test_minus_moe.py --pages=True README.md config/README.md
+    python tests/test_minus_moe.py --pages=True README.md config/README.md config/EXERCISES.md
 
 reads what train.py left in an out_dir's results.jsonl, or in several. A run is
 compared with the moe run whose settings differ least from its own, on the same

@@ -1,0 +1,91 @@
+"""
+Does an expert become the coder? How much of what each expert of a trained model
+handles is code, on prose_and_code's validation text: half where experts don't care.
+
+    python train.py config/quick_start.py
+    python tests/test_coder.py out/quick_start/moe "out/quick_start/aoe whole"
+
+Prints for each layer the experts' percentages, from the lowest to the highest.
+"""
+
+import glob
+import os
+import sys
+
+import numpy as np
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import configurator
+import train
+from configurator import UserError
+from model import count
+from sample import load_model
+
+DATASET = 'prose_and_code'
+TURN = 20_000                            # characters of prose, then as many of code, and so on
+
+
+def is_code(place):
+    """Of characters at these places of the text."""
+    return place // TURN % 2 == 1
+
+
+@torch.no_grad()
+def shares_of_code(folder, windows=2000):
+    """Of the tokens that each expert of the run in folder handles, the share that is code: (L, E),
+    on as many windows, spread over the validation text."""
+    model, meta, _ = load_model(folder, 'cpu')
+    data = train.Data(train.TrainConfig(dataset=DATASET), torch.device('cpu'))
+    if meta['sha256'] != data.meta['sha256'] or model.config.mlp == 'dense':
+        raise UserError(f'{folder}: expected a run with experts on {DATASET}, got another')
+    S, E, tokens = model.config.block_size, model.config.n_expert, data.tokens['val']
+    starts = np.linspace(0, len(tokens) - S, windows).astype(int)
+    place = starts[:, None] + np.arange(S)                         # (windows, S)
+    _, _, routing = model(torch.from_numpy(tokens[place].astype(np.int64)))
+    code = is_code(torch.from_numpy(place).flatten() + data.meta['train_tokens'])
+    return torch.stack([count(I[code], E) / count(I, E) for I in routing.chosen])
+
+
+def test_the_share_of_code_against_a_loop_over_tokens(workspace, monkeypatch, capsys, refuse):
+    from conftest import SMALL, run_script
+    run_script('train.py', *SMALL, '--mlp=moe,dense', '--out_dir=out/coder', cwd=workspace)
+    monkeypatch.chdir(workspace)
+    assert 'prose_and_code' in refuse(main, 'out/coder/moe')
+    monkeypatch.setattr(sys.modules[__name__], 'DATASET', 'code')
+    monkeypatch.setattr(sys.modules[__name__], 'TURN', 100)
+    text = open('code.txt', encoding='utf-8').read()
+    model, meta, _ = load_model('out/coder/moe', 'cpu')
+    first = meta['train_tokens']
+    handled = np.zeros((2, 2, 4))                                  # of layer, kind, expert
+    for start in np.linspace(0, len(text) - first - 16, 50).astype(int) + first:
+        tokens = [meta['vocabulary'].index(c) for c in text[start:start + 16]]
+        _, _, routing = model(torch.tensor([tokens]))
+        for layer, chosen in enumerate(routing.chosen.tolist()):
+            for place, experts in enumerate(chosen, start):
+                for expert in experts:
+                    handled[layer, place // 100 % 2, expert] += 1
+    np.testing.assert_allclose(shares_of_code('out/coder/moe', 50), handled[:, 1] / handled.sum(1),
+                               atol=0.01)
+    main(['out/coder/m*'])
+    assert capsys.readouterr().out.count('out/coder/moe ') == 1
+    assert 'expected a run with experts' in refuse(main, 'out/coder/dense')
+    assert 'expected folders of runs' in refuse(main)
+
+
+def main(arguments):
+    if {'-h', '--help'} & set(arguments):
+        return print(__doc__.strip())
+    if not arguments:
+        raise UserError('expected folders of runs, such as out/quick_start/moe, got none')
+    rows = []
+    for folder in [f for pattern in arguments for f in sorted(glob.glob(pattern)) or [pattern]]:
+        layers = shares_of_code(folder).mul(100).round().int().sort().values.tolist()
+        rows.append((folder, *(' '.join(map(str, layer)) for layer in layers)))
+    train.print_rows([('% code', *(f'layer {i}' for i in range(1, len(rows[0])))), *rows])
+
+
+if __name__ == '__main__':
+    configurator.run(main)
