@@ -1,7 +1,6 @@
 """
 Who is ahead of moe? Loss minus that of moe with the same seed, which has the same
-batches, so that much of the noise is in both: its mean with a 95 % interval, bold
-where that excludes 0.
+batches: its mean with a 95 % interval, bold where that excludes 0.
 
     python tests/test_minus_moe.py config/two_questions_results.jsonl
     python tests/test_minus_moe.py config/sizes_results.jsonl --picture=out/sizes.png
