@@ -88,11 +88,11 @@ def test_every_command_runs_shortened(tmp_path, code_text):
         ran.add(script)
     assert ran == {'train.py', 'sample.py', 'prepare_data.py', 'tests/bench.py',
                    'tests/test_toy.py', 'tests/test_pilot.py', 'tests/test_minus_moe.py',
-                   'tests/test_exercise_0.py'}
+                   'tests/test_coder.py', 'tests/test_exercise_0.py'}
 
 
-@pytest.mark.parametrize('file', ('bench', 'test_exercise_0', 'test_lab', 'test_minus_moe',
-                                  'test_pilot', 'test_toy'))
+@pytest.mark.parametrize('file', ('bench', 'test_coder', 'test_exercise_0', 'test_lab',
+                                  'test_minus_moe', 'test_pilot', 'test_toy'))
 def test_what_the_pages_start_needs_no_pytest(file):
     assert not re.search('^(import|from) pytest', text_of(f'tests/{file}.py'), flags=re.M)
 
