@@ -21,5 +21,5 @@ runs = {
     'moe 3 of 12': {'mlp': 'moe'} | _free,
     'aoe whole 3 of 12': {'mlp': 'aoe', 'factorised': False} | _free,
     'aoe 3 of 12': {'mlp': 'aoe'} | _free,
-    'aoe narrow 3 of 12': {'mlp': 'aoe', 'd_low': 8} | _free,      # else d_low is 32, over d_ffn
+    'aoe 3 of 12 narrow': {'mlp': 'aoe', 'd_low': 8} | _free,      # 32, the default, is over d_ffn
 }
