@@ -16,7 +16,7 @@ block_size = 64
 n_expert = 8
 top_k = 2
 d_ffn = 4 * n_embd
-aux_weight = 0.01                        # without it some experts take most tokens
+aux_weight = 0.01                        # without it some experts take several times as much
 
 batch_size = 16
 max_iters = 1200

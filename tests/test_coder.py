@@ -1,6 +1,6 @@
 """
 Does an expert become the coder? How much of what each expert of a trained model
-handles is code, on prose_and_code's validation text: half where experts don't care.
+handles is code, on prose_and_code's validation text: half if experts ignore it.
 
     python train.py config/quick_start.py
     python tests/test_coder.py out/quick_start/moe "out/quick_start/aoe whole"
@@ -9,6 +9,7 @@ Prints for each layer the experts' percentages, from the lowest to the highest.
 """
 
 import glob
+import math
 import os
 import sys
 
@@ -19,6 +20,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import configurator
+import prepare_data
 import train
 from configurator import UserError
 from model import count
@@ -45,17 +47,19 @@ def shares_of_code(folder, windows=2000):
     starts = np.linspace(0, len(tokens) - S, windows).astype(int)
     place = starts[:, None] + np.arange(S)                         # (windows, S)
     _, _, routing = model(torch.from_numpy(tokens[place].astype(np.int64)))
-    code = is_code(torch.from_numpy(place).flatten() + data.meta['train_tokens'])
+    place = torch.from_numpy(place).flatten() + data.meta['train_tokens']     # in the whole text
+    code = is_code(place)
     return torch.stack([count(I[code], E) / count(I, E) for I in routing.chosen])
 
 
 def test_the_share_of_code_against_a_loop_over_tokens(workspace, monkeypatch, capsys, refuse):
-    from conftest import SMALL, run_script
+    from conftest import SMALL, run_script, table_of
+    assert prepare_data.prose_and_code.__defaults__ == (TURN,)
     run_script('train.py', *SMALL, '--mlp=moe,dense', '--out_dir=out/coder', cwd=workspace)
     monkeypatch.chdir(workspace)
     assert 'prose_and_code' in refuse(main, 'out/coder/moe')
     monkeypatch.setattr(sys.modules[__name__], 'DATASET', 'code')
-    monkeypatch.setattr(sys.modules[__name__], 'TURN', 100)
+    monkeypatch.setattr(sys.modules[__name__], 'TURN', 7)
     text = open('code.txt', encoding='utf-8').read()
     model, meta, _ = load_model('out/coder/moe', 'cpu')
     first = meta['train_tokens']
@@ -66,13 +70,15 @@ def test_the_share_of_code_against_a_loop_over_tokens(workspace, monkeypatch, ca
         for layer, chosen in enumerate(routing.chosen.tolist()):
             for place, experts in enumerate(chosen, start):
                 for expert in experts:
-                    handled[layer, place // 100 % 2, expert] += 1
-    np.testing.assert_allclose(shares_of_code('out/coder/moe', 50), handled[:, 1] / handled.sum(1),
-                               atol=0.01)
-    main(['out/coder/m*'])
-    assert capsys.readouterr().out.count('out/coder/moe ') == 1
+                    handled[layer, place // 7 % 2, expert] += 1
+    shares = handled[:, 1] / handled.sum(1)
+    np.testing.assert_allclose(shares_of_code('out/coder/moe', 50), shares, atol=1e-3)
     assert 'expected a run with experts' in refuse(main, 'out/coder/dense')
     assert 'expected folders of runs' in refuse(main)
+    monkeypatch.setattr(sys.modules[__name__], 'shares_of_code', lambda folder: torch.tensor(
+        [[0.7, 0.25, math.nan], [1.0, 0.0, 0.504]]))
+    main(['out/coder/m*'])
+    assert table_of(capsys.readouterr().out)['out/coder/moe'] == ['25 70', '0 50 100']
 
 
 def main(arguments):
@@ -82,8 +88,10 @@ def main(arguments):
         raise UserError('expected folders of runs, such as out/quick_start/moe, got none')
     rows = []
     for folder in [f for pattern in arguments for f in sorted(glob.glob(pattern)) or [pattern]]:
-        layers = shares_of_code(folder).mul(100).round().int().sort().values.tolist()
-        rows.append((folder, *(' '.join(map(str, layer)) for layer in layers)))
+        layers = [layer[~layer.isnan()].sort().values.tolist()     # nan: handled nothing
+                  for layer in shares_of_code(folder)]
+        rows.append((folder, *(' '.join(f'{100 * share:.0f}' for share in layer)
+                               for layer in layers)))
     train.print_rows([('% code', *(f'layer {i}' for i in range(1, len(rows[0])))), *rows])
 
 
