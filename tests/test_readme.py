@@ -47,6 +47,7 @@ def test_every_command_runs_shortened(tmp_path, code_text):
     shortened runs once. Of experiments that differ in their file alone one runs, and test_train.py
     plans the others."""
     shutil.copytree(os.path.join(ROOT, 'config'), tmp_path / 'config')
+    shutil.copy(os.path.join(ROOT, 'README.md'), tmp_path)         # its tables are written anew
     (tmp_path / 'my.txt').write_text(code_text, encoding='utf-8', newline='')
     ran, seen = set(), set()
     for command in commands():
