@@ -8,7 +8,6 @@ handles is code, on prose_and_code's validation text: half if experts ignore it.
 Prints for each layer the experts' percentages, from the lowest to the highest.
 """
 
-import glob
 import math
 import os
 import sys
@@ -24,18 +23,13 @@ import prepare_data
 import train
 from configurator import UserError
 from model import count
-from sample import load_model
+from sample import load_model, watch_experts
+from test_pilot import folders_of
 
 DATASET = 'prose_and_code'
 TURN = 20_000                            # characters of prose, then as many of code, and so on
 
 
-def is_code(place):
-    """Of characters at these places of the text."""
-    return place // TURN % 2 == 1
-
-
-@torch.no_grad()
 def shares_of_code(folder, windows=2000):
     """Of the tokens that each expert of the run in folder handles, the share that is code: (L, E),
     on as many windows, spread over the validation text."""
@@ -45,10 +39,9 @@ def shares_of_code(folder, windows=2000):
         raise UserError(f'{folder}: expected a run with experts on {DATASET}, got another')
     S, E, tokens = model.config.block_size, model.config.n_expert, data.tokens['val']
     starts = np.linspace(0, len(tokens) - S, windows).astype(int)
-    place = starts[:, None] + np.arange(S)                         # (windows, S)
-    _, _, routing = model(torch.from_numpy(tokens[place].astype(np.int64)))
-    place = torch.from_numpy(place).flatten() + data.meta['train_tokens']     # in the whole text
-    code = is_code(place)
+    place = (starts[:, None] + np.arange(S)).flatten()             # window after window
+    routing = watch_experts(model, torch.from_numpy(tokens[place].astype(np.int64)))
+    code = torch.from_numpy(place + data.meta['train_tokens']) // TURN % 2 == 1
     return torch.stack([count(I[code], E) / count(I, E) for I in routing.chosen])
 
 
@@ -84,10 +77,8 @@ def test_the_share_of_code_against_a_loop_over_tokens(workspace, monkeypatch, ca
 def main(arguments):
     if {'-h', '--help'} & set(arguments):
         return print(__doc__.strip())
-    if not arguments:
-        raise UserError('expected folders of runs, such as out/quick_start/moe, got none')
     rows = []
-    for folder in [f for pattern in arguments for f in sorted(glob.glob(pattern)) or [pattern]]:
+    for folder in folders_of(arguments):
         layers = [layer[~layer.isnan()].sort().values.tolist()     # nan: handled nothing
                   for layer in shares_of_code(folder)]
         rows.append((folder, *(' '.join(f'{100 * share:.0f}' for share in layer)

@@ -126,6 +126,13 @@ def test_the_script_evaluates_every_choice_and_refuses_what_it_cannot_average(
     assert 'python tests/test_pilot.py' in capsys.readouterr().out
 
 
+def folders_of(patterns):
+    """The folders that the patterns match; what matches none is a folder's name. Refuses none."""
+    if not patterns:
+        raise UserError('expected folders of runs, such as out/paper_table2/moe-1, got none')
+    return [folder for pattern in patterns for folder in sorted(glob.glob(pattern)) or [pattern]]
+
+
 def read_runs(folders):
     """Run name -> [(TrainConfig, checkpoint)], one for each seed. Refuses, with a UserError, what
     is no moe, and what cannot be averaged."""
@@ -177,11 +184,7 @@ def evaluate(config, checkpoint, scores):
 def main(arguments):
     if {'-h', '--help'} & set(arguments):
         return print(__doc__.strip())
-    folders = [folder for pattern in arguments
-               for folder in sorted(glob.glob(pattern)) or [pattern]]
-    if not folders:
-        raise UserError('expected folders of runs, such as out/paper_table2/moe-1, got none')
-    runs = read_runs(folders)
+    runs = read_runs(folders_of(arguments))
     rows = [('chosen by', *runs)]
     for choice, scores in tqdm(CHOICES.items(), unit='choice', disable=None):
         losses = [[evaluate(*run, scores) for run in seeds] for seeds in runs.values()]
