@@ -1,4 +1,4 @@
-"""tests/bench.py: what it counts, which is the same on any machine."""
+"""tests/tools/bench.py: what it counts, which is the same on any machine."""
 
 import json
 
@@ -74,7 +74,7 @@ def test_what_is_timed_has_the_gradient_of_l_aux():
 
 
 def test_the_script_writes_what_it_prints(tmp_path):
-    printed = run_script('tests/bench.py', '--shapes=small', '--rounds=1', '--warmup=1',
+    printed = run_script('tests/tools/bench.py', '--shapes=small', '--rounds=1', '--warmup=1',
                          '--only=layer,step,memory,cost,experts', '--threads=1',
                          '--json=bench.json', cwd=tmp_path).stdout
     results = json.loads((tmp_path / 'bench.json').read_text())['results']
@@ -110,4 +110,4 @@ def test_the_peak_of_a_step_lies_where_it_should(where, sizes, tmp_path, capsys)
 def test_what_cannot_be_measured_or_written_is_refused_at_once(refuse, monkeypatch):
     monkeypatch.setattr(bench, 'alternate', None)                  # which measuring would call
     assert 'json: expected a file to write to' in refuse(bench.main, '--json=none/bench.json')
-    assert "got 'config/lab.py'" in refuse(bench.main, 'config/lab.py')
+    assert "got 'config/lab/lab.py'" in refuse(bench.main, 'config/lab/lab.py')

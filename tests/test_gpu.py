@@ -3,7 +3,7 @@ What only a GPU can show. On a machine with one:
 
     python -m pytest tests/test_gpu.py
 
-Elsewhere all of it is skipped. `python tests/bench.py` measures speed and memory there.
+Elsewhere all of it is skipped. `python tests/tools/bench.py` measures speed and memory there.
 """
 
 import math

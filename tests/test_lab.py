@@ -1,9 +1,9 @@
 """
-The lab of config/EXERCISES.md: its edits fit model.py, and its notebook is its core.
+The lab of config/lab/README.md: its edits fit model.py, and its notebook is its core.
 
     python tests/test_lab.py
 
-writes config/lab.ipynb, the core of the exercises cell by cell and what we measured:
+writes config/lab/lab.ipynb, the core of the exercises cell by cell and what we measured:
 text as it stands, commands to be run, edits of model.py as an edit, and the pictures
 that a text names.
 """
@@ -56,7 +56,7 @@ def cells_of(text):
 
 
 def notebook():
-    """config/lab.ipynb, as text: how to start, and the core."""
+    """config/lab/lab.ipynb, as text: how to start, and the core."""
     _, core, measured, _ = exercises().split('\n# ')
     assert core.startswith('The core')
     pieces = [
@@ -65,7 +65,7 @@ def notebook():
         ('code', "import os\nfrom IPython.display import Image, display\n"
          "os.chdir('..' if os.path.basename(os.getcwd()) == 'config' else '.')"),
         ('code', '!pip install -q -r requirements.txt\n!python prepare_data.py shakespeare\n'
-         '!python train.py config/lab.py')]
+         '!python train.py config/lab/lab.py')]
     for kind, source in [*cells_of('# ' + core), ('markdown', '# ' + measured)]:
         pieces.append((kind, source))
         for picture in re.findall(r'(\w+\.png)`', source) if kind == 'markdown' else ():
@@ -96,7 +96,7 @@ def test_the_notebook_is_the_core():
 
 def test_every_command_of_the_lab_plans_three_seeds_of_a_run_of_its_own():
     lab = read_config_file(TrainConfig, os.path.join(ROOT, 'config', 'lab.py'))
-    commands = re.findall('^    python train.py config/lab.py (.*--name=.*)$', exercises(), re.M)
+    commands = re.findall('^    python train.py config/lab/lab.py (.*--name=.*)$', exercises(), re.M)
     names = set()
     for command in commands:
         values, _ = parse(TrainConfig, command.split(), '')

@@ -1,4 +1,4 @@
-"""README.md, config/README.md, config/EXERCISES.md: every command in them runs, every link leads
+"""README.md, config/README.md, config/lab/README.md: every command in them runs, every link leads
 somewhere, and what they quote is what the code says."""
 
 import os
@@ -11,7 +11,7 @@ import torch
 
 from conftest import ROOT, run_script
 
-PAGES = ('README.md', 'config/README.md', 'config/EXERCISES.md', 'config/ANSWERS.md')
+PAGES = ('README.md', 'config/README.md', 'config/lab/README.md', 'config/lab/ANSWERS.md')
 
 
 def text_of(page):
@@ -23,7 +23,7 @@ def text_of(page):
 SHORT = {
     'train.py': ['--max_iters=1', '--eval_iters=1', '--batch_size=2', '--n_layer=2', '--threads=1'],
     'sample.py': ['--max_new_tokens=20'],
-    'tests/bench.py': ['--rounds=1', '--warmup=1', '--shapes=small', '--threads=1'],
+    'tests/tools/bench.py': ['--rounds=1', '--warmup=1', '--shapes=small', '--threads=1'],
 }
 TINY = ['--dataset=shakespeare_gpt2', '--n_embd=48', '--n_head=2', '--d_ffn=64', '--d_low=16',
         '--block_size=16', '--gradient_accumulation_steps=2']
@@ -59,9 +59,9 @@ def test_every_command_runs_shortened(tmp_path, code_text):
             continue
         if 'paper_table2.py config/' in command and 'two_questions' not in command:
             continue
-        if 'config/lab.py' in command and '--name=' in command:    # many alike: test_lab.py
+        if 'config/lab/lab.py' in command and '--name=' in command:    # many alike: test_lab.py
             continue
-        if command == 'python tests/bench.py':           # the parts have commands of their own
+        if command == 'python tests/tools/bench.py':           # the parts have commands of their own
             continue
         if '--only=fake' in arguments and not hasattr(torch.nn.functional, 'grouped_mm'):
             continue                                     # as the page says
@@ -87,9 +87,9 @@ def test_every_command_runs_shortened(tmp_path, code_text):
         red = 'exercise_0' in script                     # until it is done
         assert process.returncode == red, f'{command}\n{process.stderr}'
         ran.add(script)
-    assert ran == {'train.py', 'sample.py', 'prepare_data.py', 'tests/bench.py',
-                   'tests/test_toy.py', 'tests/test_pilot.py', 'tests/test_minus_moe.py',
-                   'tests/test_coder.py', 'tests/test_exercise_0.py'}
+    assert ran == {'train.py', 'sample.py', 'prepare_data.py', 'tests/tools/bench.py',
+                   'tests/tools/toy.py', 'tests/tools/pilot.py', 'tests/tools/compare.py',
+                   'tests/tools/coder.py', 'tests/tools/exercise_0.py'}
 
 
 @pytest.mark.parametrize('file', ('bench', 'test_coder', 'test_exercise_0', 'test_lab',
@@ -111,7 +111,7 @@ def test_the_command_for_openwebtext_runs_on_a_parquet_folder(tmp_path):
 @pytest.mark.slow
 def test_the_command_that_compiles_runs(tmp_path):
     command, = (command for command in commands() if '--compile=True' in command)
-    run_script(*shlex.split(command)[1:], *SHORT['tests/bench.py'], cwd=tmp_path)
+    run_script(*shlex.split(command)[1:], *SHORT['tests/tools/bench.py'], cwd=tmp_path)
 
 
 def anchors(page):

@@ -1,4 +1,4 @@
-"""config/rivals.patch: it fits model.py, its keys do what config/rivals.py says of them, and that
+"""config/who_scores/rivals.patch: it fits model.py, its keys do what config/who_scores/rivals.py says of them, and that
 experiment runs."""
 
 import glob
@@ -22,7 +22,7 @@ def patched(tmp_path_factory):
     for file in glob.glob(os.path.join(ROOT, '*.py')):
         shutil.copy(file, folder)
     shutil.copytree(os.path.join(ROOT, 'config'), folder / 'config')
-    subprocess.run(['git', 'apply', 'config/rivals.patch'], cwd=folder, check=True)
+    subprocess.run(['git', 'apply', 'config/who_scores/rivals.patch'], cwd=folder, check=True)
     return folder
 
 
@@ -99,7 +99,7 @@ def test_what_is_no_rival_is_refused(refused, patched):
 
 
 def test_the_experiment_runs_when_patched_and_is_refused_when_not(patched, workspace):
-    command = ['config/paper_table2.py', 'config/rivals.py', *SMALL, '--max_iters=1',
+    command = ['config/paper/table2.py', 'config/who_scores/rivals.py', *SMALL, '--max_iters=1',
                '--data_dir=' + str(workspace / 'data'), '--seeds=1', f'--out_dir={patched}/out']
     for folder, status in ((patched, 0), (ROOT, 2)):
         process = subprocess.run([sys.executable, 'train.py', *command], cwd=folder,

@@ -251,7 +251,7 @@ def test_a_script_ends_with_one_line_and_status_2(workspace):
 @pytest.mark.parametrize('file', CONFIGS)
 def test_every_config_trains_models_of_one_size(file):
     with open(os.path.join(ROOT, 'config', file), encoding='utf-8') as text:
-        shape = 'paper_table2.py' if 'config/paper_table2.py' in text.read() else file
+        shape = 'paper_table2.py' if 'config/paper/table2.py' in text.read() else file
     values = {}
     for name in (shape, file):
         values |= read_config_file(TrainConfig, os.path.join(ROOT, 'config', name))

@@ -1,10 +1,10 @@
 """
 Speed and memory of the three MLPs, in one run, the sides taking turns.
 
-    python tests/bench.py                          # four parts, some minutes
-    python tests/bench.py --only=layer,memory
-    python tests/bench.py --threads=1 --json=bench.json
-    python tests/bench.py --only=fake config/openwebtext.py
+    python tests/tools/bench.py                          # four parts, some minutes
+    python tests/tools/bench.py --only=layer,memory
+    python tests/tools/bench.py --threads=1 --json=bench.json
+    python tests/tools/bench.py --only=fake config/openwebtext.py
 
 Times are medians; a ratio is the median of the ratios of each round, so that
 what slows the machine for a while slows both sides of it. Parts: layer (an MLP
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
 import configurator

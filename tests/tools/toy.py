@@ -3,7 +3,7 @@ The toy experiment of the paper's appendix B: two experts, one for each token,
 and Gaussian vectors to classify. Stage one has two classes whose means are
 opposite; stage two adds a third around zero. Who handles which class?
 
-    python tests/test_toy.py             # some seconds; draws out/toy.png
+    python tests/tools/toy.py             # some seconds; draws out/toy.png
 
 A linear router tells opposite means apart: what share of one class moe sends
 to an expert, that share of the other goes to the other expert. A norm is the
@@ -20,7 +20,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
 import configurator
@@ -76,7 +76,7 @@ def test_moe_gives_opposite_classes_to_opposite_experts_and_aoe_to_the_same():
 
 def test_help_is_printed_and_a_wrong_argument_refused(refuse, capsys):
     main(['--help'])
-    assert 'python tests/test_toy.py' in capsys.readouterr().out
+    assert 'python tests/tools/toy.py' in capsys.readouterr().out
     assert "the path of a picture, got '--seeds=3'" in refuse(main, '--seeds=3')
 
 

@@ -2,7 +2,7 @@
 Learning rates of who_scores.py and who_scores_sizes.py that learning_rate.py doesn't
 have, on a seed of their own: of large routers, and of moe with a factorised gate:
 
-    python train.py config/paper_table2.py config/who_scores_rates.py
+    python train.py config/paper/table2.py config/who_scores/rates.py
 """
 
 out_dir = 'out/who_scores_rates'

@@ -1,7 +1,7 @@
 """
 Exercise 0: write MoE and AoE yourself.
 
-    python tests/test_exercise_0.py
+    python tests/tools/exercise_0.py
 
 makes out/exercise_0/model.py, a copy of model.py in which MoE.forward and AoE.forward
 are empty. Fill them in, by Algorithms 1 and 2 of the paper, with what is there: route
@@ -16,7 +16,7 @@ import sys
 
 import torch
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
 import configurator

@@ -4,8 +4,8 @@ as wide, with L_aux, where a judge of D/6 costs more than it did, so narrower on
 are tried; and that of Routing-Free MoE (2604.00801), 3 of 12 experts as wide as
 D/4 without L_aux. The rest as in paper_table2.py, a process a core:
 
-    python train.py config/paper_table2.py config/todays_shapes.py --seeds=41,42
-    python train.py config/paper_table2.py config/todays_shapes.py --seeds=43
+    python train.py config/paper/table2.py config/how_far/todays_shapes.py --seeds=41,42
+    python train.py config/paper/table2.py config/how_far/todays_shapes.py --seeds=43
 """
 
 out_dir = 'out/todays_shapes'

@@ -4,7 +4,7 @@ best of a token; as many as reach a probability together (top-p, with a penalty
 on Ent_conf, or a token would take everyone); or each expert takes its best
 tokens (expert-choice). In the shape and with the schedule of paper_table2.py:
 
-    python train.py config/paper_table2.py config/paper_table3.py
+    python train.py config/paper/table2.py config/paper/table3.py
 
 Expert-choice sees the tokens of the whole batch, later ones among them, so its
 validation loss is not one of a language model, and tells only MoE from AoE.

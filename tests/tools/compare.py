@@ -2,9 +2,9 @@
 Who is ahead of moe? Loss minus that of moe with the same seed, which has the same
 batches: its mean with a 95 % interval, bold where that excludes 0.
 
-    python tests/test_minus_moe.py config/two_questions_results.jsonl
-    python tests/test_minus_moe.py config/sizes_results.jsonl --picture=out/sizes.png
-    python tests/test_minus_moe.py --pages=True README.md config/README.md config/EXERCISES.md
+    python tests/tools/compare.py config/who_scores/two_questions.jsonl
+    python tests/tools/compare.py config/how_far/sizes.jsonl --picture=out/sizes.png
+    python tests/tools/compare.py --pages=True README.md config/README.md config/lab/README.md
 
 reads what train.py left in an out_dir's results.jsonl, or in several. A run is
 compared with the moe run whose settings differ least from its own, on the same
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
 import configurator
@@ -42,7 +42,7 @@ RATES = {'learning_rate', 'min_lr'}
 # half a 95 % interval in standard errors, of 2, 3 ... 11 differences (Student's t)
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 # the tables of pages: between a mark, with the command that prints it, and the end mark
-MARK = '<!-- python tests/test_minus_moe.py '
+MARK = '<!-- python tests/tools/compare.py '
 TABLE = re.compile(f'({MARK}([^\n]+) -->\n)(?:(?!<!--).)*(<!-- end -->)', re.S)
 
 
@@ -215,7 +215,7 @@ def test_by_setting_a_row_has_a_column_for_each_variant(tmp_path, capsys):
 def test_the_pages_hold_what_the_commands_in_their_marks_print(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     found = 0
-    for page in ('README.md', 'config/README.md', 'config/EXERCISES.md'):
+    for page in ('README.md', 'config/README.md', 'config/lab/README.md'):
         found += read_text(page).count(MARK)
         assert with_tables(page) == read_text(page), f'{page}: write it anew with --pages=True'
     assert found > 5
@@ -227,7 +227,7 @@ def test_the_pages_hold_what_the_commands_in_their_marks_print(monkeypatch, tmp_
 
 def test_what_cannot_be_compared_is_refused(refuse, tmp_path):
     file = os.path.join(ROOT, 'config', 'sizes_results.jsonl')
-    for wrong in ('config/none.jsonl', 'config/sizes.py', 'config'):
+    for wrong in ('config/none.jsonl', 'config/how_far/sizes.py', 'config'):
         assert 'expected a results.jsonl' in refuse(main, os.path.join(ROOT, wrong))
     assert "each run once, got 'aoe 192', seed 1, again" in refuse(main, file, file)
     assert 'minus: expected one of aoe, aoe whole, moe, got' in refuse(main, file, '--minus=no')

@@ -4,8 +4,8 @@ has D E numbers; a large one as many as the judges, so that both have a judge wi
 capacity. With whole and with factorised gates, in the shape of paper_table2.py, with
 L_aux, on eight seeds that no other table has, a process a core:
 
-    python train.py config/paper_table2.py config/who_scores.py --seeds=31,32,33,34
-    python train.py config/paper_table2.py config/who_scores.py --seeds=35,36,37,38
+    python train.py config/paper/table2.py config/who_scores/large_router.py --seeds=31,32,33,34
+    python train.py config/paper/table2.py config/who_scores/large_router.py --seeds=35,36,37,38
 
 Each has the best of its learning rates on other seeds: moe, aoe and aoe whole in
 learning_rate.py (seeds 1 to 3), the others in who_scores_rates.py (seed 21).

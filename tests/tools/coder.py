@@ -3,7 +3,7 @@ Does an expert become the coder? How much of what each expert of a trained model
 handles is code, on prose_and_code's validation text: half if experts ignore it.
 
     python train.py config/quick_start.py
-    python tests/test_coder.py out/quick_start/moe "out/quick_start/aoe whole"
+    python tests/tools/coder.py out/quick_start/moe "out/quick_start/aoe whole"
 
 Prints for each layer the experts' percentages, from the lowest to the highest.
 """
@@ -15,7 +15,7 @@ import sys
 import numpy as np
 import torch
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
 import configurator
@@ -24,7 +24,7 @@ import train
 from configurator import UserError
 from model import count
 from sample import load_model, watch_experts
-from test_pilot import folders_of
+from pilot import folders_of
 
 DATASET = 'prose_and_code'
 TURN = 20_000                            # characters of prose, then as many of code, and so on

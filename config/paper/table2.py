@@ -3,7 +3,7 @@ Table 2 of the paper, scaled down: is it the factorised gate, is it the larger
 router, or is it that the experts choose themselves? Twelve variants, three seeds.
 
     python prepare_data.py shakespeare
-    python train.py config/paper_table2.py
+    python train.py config/paper/table2.py
 
 continues where it stopped and skips runs that are done. A run uses one thread:
 start one process for each seed, with --seeds=1 and so on.

@@ -5,10 +5,10 @@ balanced by a bias and not by L_aux (DeepSeek-V3); all judges together as a virt
 shared expert (Union-of-Experts). On the seeds of who_scores.py, whose moe they are
 compared with, at its learning rate:
 
-    git apply config/rivals.patch
-    python train.py config/paper_table2.py config/rivals.py --seeds=31,32,33,34
-    python train.py config/paper_table2.py config/rivals.py --seeds=35,36,37,38
-    git apply --reverse config/rivals.patch
+    git apply config/who_scores/rivals.patch
+    python train.py config/paper/table2.py config/who_scores/rivals.py --seeds=31,32,33,34
+    python train.py config/paper/table2.py config/who_scores/rivals.py --seeds=35,36,37,38
+    git apply --reverse config/who_scores/rivals.patch
 """
 
 out_dir = 'out/rivals'

@@ -4,7 +4,7 @@ library as characters; and twice as many experts, half as wide, four of them cho
 The rest as in paper_table2.py, with L_aux:
 
     python prepare_data.py $(python -c "import os; print(os.__file__[:-5])")*.py --name=code
-    python train.py config/paper_table2.py config/does_it_last.py
+    python train.py config/paper/table2.py config/how_far/longer.py
 """
 
 out_dir = 'out/does_it_last'

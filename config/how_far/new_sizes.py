@@ -3,8 +3,8 @@ The first three of who_scores.py at half and at twice its width, on seeds that n
 other table has, each with the best of its learning rates on other seeds
 (learning_rate.py and who_scores_rates.py). A process a core:
 
-    python train.py config/paper_table2.py config/who_scores_sizes.py --seeds=51,52,53
-    python train.py config/paper_table2.py config/who_scores_sizes.py --seeds=54,55
+    python train.py config/paper/table2.py config/how_far/new_sizes.py --seeds=51,52,53
+    python train.py config/paper/table2.py config/how_far/new_sizes.py --seeds=54,55
 """
 
 out_dir = 'out/who_scores_sizes'

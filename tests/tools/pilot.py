@@ -3,8 +3,8 @@ The pilot of the paper's Tables 1, 6 and 7: a trained MoE loses its router. For
 each token the K experts go on that have the largest norm at an inner node; the
 router only weights them. No weight changes.
 
-    python train.py config/paper_table2.py --seeds=1           # trains some
-    python tests/test_pilot.py out/paper_table2/moe*-1
+    python train.py config/paper/table2.py --seeds=1           # trains some
+    python tests/tools/pilot.py out/paper_table2/moe*-1
 
 The arguments are folders of runs with --mlp=moe, or patterns of them. Prints the
 validation loss of each choice, its mean and standard deviation where a run has
@@ -22,7 +22,7 @@ import sys
 import torch
 from tqdm import tqdm
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
 import configurator
@@ -123,7 +123,7 @@ def test_the_script_evaluates_every_choice_and_refuses_what_it_cannot_average(
                          ('out/long/moe-3', 'got another iter')):
         assert says in refuse(main, 'out/pilot/moe-1', folder)
     main(['--help'])
-    assert 'python tests/test_pilot.py' in capsys.readouterr().out
+    assert 'python tests/tools/pilot.py' in capsys.readouterr().out
 
 
 def folders_of(patterns):
