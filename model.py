@@ -8,28 +8,25 @@ A small GPT whose MLP is one of three, and nothing else changes:
 
 Four parts, to be read in this order:
 
-    1. the three MLPs, as the paper writes them        all of AoE is here, and is what runs
+    1. the three MLPs, as the paper writes them        all of AoE is here
     2. the GPT around them                             RMSNorm, rotary positions, no biases
-    3. all experts at once                             SparseMLP.experts, faster; skip it at first
+    3. a matmul for each expert                        sorting tokens by expert; later
     4. the configuration's defaults and refusals
 
 Shapes in the comments:
-    B sequences, S positions, T = B*S tokens, D = n_embd, E = n_expert, K = top_k
+    B sequences of S positions (nanoGPT's T), together T = B*S tokens
+    D = n_embd (nanoGPT's C), E = n_expert, K = top_k
     d = an expert's hidden width: d_ffn, or d_wide where its gate is factorised
 """
 
-import copy
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-from configurator import expect
 
 
 @dataclass
@@ -42,22 +39,23 @@ class GPTConfig:
     n_head: int = 4                      # attention heads per block
     n_embd: int = 128                    # width of the residual stream, D
     dropout: float = 0.0                 # probability of dropping an activation in training
-    mlp: str = 'aoe'                     # aoe, moe or dense; for train.py several, with commas
-    factorised: bool | None = None       # the gate is Wdown Wup, not Wg; None: the paper's, of aoe
+    mlp: str = 'aoe'                     # aoe, moe or dense; train.py splits a list with commas
+    factorised: bool | None = None       # the gate is Wdown Wup, not Wg; None: True for aoe alone
     n_expert: int = 8                    # experts per layer, E
     top_k: int = 2                       # experts that handle a token, K
-    d_ffn: int | None = None             # hidden width of a moe expert; None: 4 D
+    d_ffn: int | None = None             # hidden width of an expert; dense: K times it; None: 4 D
     d_low: int | None = None             # inner width of a factorised gate; None: about D / 3
-    d_judge: int | None = None           # neurons by which aoe judges if the gate is whole: D / 6
-    aux_weight: float = 0.0              # weight of the balancing loss, a of Eq. 2; paper: 0.01
-    plain: bool = False                  # one expert after the other, as part 1 shows it: slow
+    d_judge: int | None = None           # aoe, whole gate: neurons that score; None: about D / 6
+    aux_weight: float = 0.0              # weight of L_aux, a in Eq. 2; paper: 0 and 0.01
     # the paper's other variants (Tables 2 and 3)
-    router: Literal['linear', 'large'] = 'linear'   # of moe; large: two layers, as big as w_down
+    router: Literal['linear', 'large', 'norm'] = 'linear'   # how a router of moe scores
     select: Literal['top_k', 'top_p', 'expert_choice'] = 'top_k'   # how experts are chosen
     top_p: float = 0.6                   # for top_p: the probability that the chosen reach together
-    weigh_among: Literal['chosen', 'all'] = 'chosen'   # weights: softmax over these (all: Switch)
+    weigh_among: Literal['chosen', 'all'] = 'chosen'   # softmax over these; Switch: all E
     conf_weight: float = 0.0             # weight of the penalty on Ent_conf; paper: 1e-4 with top_p
     capacity_factor: float = 2.0         # for expert_choice: an expert takes this * T/E tokens
+    # memory
+    recompute: bool | None = None        # keep less for backward, and compute it again; None: GPU
 
     def __post_init__(self):
         fill_in(self)                                              # part 4
@@ -70,21 +68,16 @@ class GPTConfig:
 
 
 def equation_5(D, d_ffn, d_low):
-    """d_wide, as a multiple of 8."""
+    """d_wide, as a multiple of 8: it solves d_low D + d_low d_wide + 2 D d_wide = 3 D d_ffn."""
     return 8 * round((3 * D * d_ffn - d_low * D) / (d_low + 2 * D) / 8)
 
 
 # -----------------------------------------------------------------------------
 # Part 1: the three MLPs. Each takes T tokens x (T, D); gives h (T, D), and what its experts did.
 
-# recomputed(f, x) is f(x), of which nothing is kept for backward, which calls f again instead, with
-# the same random numbers. So a counter in f would count twice.
-recomputed = partial(checkpoint, use_reentrant=False)
-
-
 class Routing(NamedTuple):
     """What the experts did with T tokens. The GPT stacks its layers: (L, T, E) and so on."""
-    scores: torch.Tensor     # (T, E)  p: activation norms for aoe, the router's logits for moe
+    scores: torch.Tensor     # (T, E)  p: activation norms for aoe, the router's scores for moe
     chosen: torch.Tensor     # (T, K)  I: the experts that handled the token; -1 for nobody
     weights: torch.Tensor    # (T, K)  w: 0 for nobody
     aux_loss: torch.Tensor   # ()      for the trainer to add to the loss
@@ -96,7 +89,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, d = config.n_embd, config.top_k * config.d_ffn
-        self.w_g = nn.Parameter(torch.empty(D, d))
+        self.w_g = nn.Parameter(torch.empty(D, d))                 # GPT.init_weights fills them
         self.w_p = nn.Parameter(torch.empty(D, d))
         self.w_o = nn.Parameter(torch.empty(d, D))
 
@@ -110,8 +103,8 @@ class MLP(nn.Module):
 class SparseMLP(nn.Module):
     """What moe and aoe share: E small SwiGLU MLPs, of which each token sees K.
 
-    An expert's gate is made in one of two ways, whoever chooses: x Wg_i, or factorised,
-    x Wdown_i Wup_i, through the d_low numbers C_i = x Wdown_i.
+    An expert's gate is made in one of two ways, whoever scores: x Wg_i, whole; or x Wdown_i Wup_i,
+    factorised, through the d_low numbers C_i = x Wdown_i.
     """
 
     def __init__(self, config):
@@ -122,11 +115,13 @@ class SparseMLP(nn.Module):
         self.w_p = nn.Parameter(torch.empty(E, D, d))
         self.w_o = nn.Parameter(torch.empty(E, d, D))
         if config.factorised:
-            self.w_down = nn.Parameter(torch.empty(D, E * config.d_low))       # side by side
+            # all Wdown_i side by side: one matmul finds what every expert sees in a token
+            self.w_down = nn.Parameter(torch.empty(D, E * config.d_low))
             self.w_up = nn.Parameter(torch.empty(E, config.d_low, d))
         else:
             self.w_g = nn.Parameter(torch.empty(E, D, d))
 
+    @torch.no_grad()                                               # indices have no gradient
     def choose(self, p):
         """I (T, K), by the scores p (T, E). For top_p and expert_choice K is E; -1 is nobody."""
         T, E = p.shape
@@ -135,122 +130,153 @@ class SparseMLP(nn.Module):
         q = p.softmax(-1)
         if self.config.select == 'top_p':                          # the fewest that reach top_p
             q, I = q.sort(descending=True)
-            return I.masked_fill(q.cumsum(-1) - q >= self.config.top_p, -1)
-        # expert_choice: each expert takes its best tokens of the batch, later ones among them
+            before = q.cumsum(-1) - q                              # what the likelier ones reach
+            return I.masked_fill(before >= self.config.top_p, -1)
+        # expert_choice: each expert takes its best tokens of the batch, wherever they stand in it
         capacity = min(T, max(1, round(self.config.capacity_factor * T / E)))
         taken = torch.zeros_like(q).scatter(0, q.topk(capacity, dim=0).indices, 1.0)
-        return torch.arange(E, device=p.device).expand(T, E).masked_fill(taken == 0, -1)
+        everyone = torch.arange(E, device=p.device).expand(T, E)
+        return everyone.masked_fill(taken == 0, -1)                # e if expert e took t, else -1
 
     def weigh(self, p, I):
-        """w (T, K), by the scores p (T, E); 0 for nobody."""
-        somebody = I.clamp(min=0)
+        """w (T, K), by the scores p (T, E): softmax(p[I]); 0 for nobody (-1)."""
+        nobody, I = I < 0, I.clamp(min=0)
         if self.config.weigh_among == 'all':
-            w = p.softmax(-1).gather(1, somebody)
-        else:
-            w = p.gather(1, somebody).masked_fill(I < 0, -1e30).softmax(-1)    # softmax(p[I])
-        return w.masked_fill(I < 0, 0)
+            w = p.softmax(-1).gather(1, I)
+        else:                                                      # -inf: NaN where all are nobody
+            w = p.gather(1, I).masked_fill(nobody, -1e30).softmax(-1)
+        return w.masked_fill(nobody, 0)
 
     def experts(self, x, I, w, C=None):
-        """h = sum over i in I of w_i (SiLU(gate_i) * (x Wp_i)) Wo_i, one expert after the other.
+        """h = sum over i in I of (SiLU(gate_i) * (w_i x Wp_i)) Wo_i. Returns h (T, D).
 
-        C (T, E, d_low): every x Wdown_i, where the experts have looked; a whole gate needs none.
+        The chosen pairs of a token and an expert are sorted by expert into P rows, of which part 3
+        multiplies each expert's by its matrix. The weight is on x, not on the result: it is the
+        same (all but the gate is linear), and so no gradient needs the experts' outputs.
+
+        C (T, E, d_low): all x Wdown_i, if aoe has them already. A whole gate needs none.
         """
-        if self.config.factorised and C is None:                   # a router chose: look now
-            C = self.look_through(self.w_down, x)
-        if not self.config.plain:
-            return all_at_once(self, x, I, w, C)                   # by default, the same faster
-        h = torch.zeros_like(x)
-        for i in range(self.config.n_expert):
-            t, k = (I == i).nonzero(as_tuple=True)                 # the tokens that chose expert i
-            gate = C[t, i] @ self.w_up[i] if self.config.factorised else x[t] @ self.w_g[i]
-            y = (F.silu(gate) * (x[t] @ self.w_p[i])) @ self.w_o[i]            # (tokens, D)
-            h = h.index_add(0, t, (w[t, k, None] * y).type_as(h))
-        return h                                                   # (T, D)
+        rows = sort_by_expert(I, w, self.config.n_expert, leave_out=self.config.select != 'top_k')
+        u = self.recomputed(self.up, x, rows)                      # w_i x Wp_i: (P, d)
+        if self.config.factorised:
+            if C is None:                # a router chose: look now, for all E, which is one matmul
+                C = self.look_through(self.w_down, x)
+            g = C.flatten(0, 1).index_select(0, rows.pair)         # C_i: (P, d_low)
+        else:
+            g = self.recomputed(self.gate, x, rows)                # x Wg_i: (P, d)
+        y = self.recomputed(self.out, g, u, rows)                  # (P, D)
+        return sum_rows(y, rows)                                   # (T, D)
+
+    def up(self, x, rows):
+        weighted = x.index_select(0, rows.token) * rows.weight.type_as(x).unsqueeze(1)
+        return of_each(self.w_p, weighted, rows)
+
+    def gate(self, x, rows):
+        return of_each(self.w_g, x.index_select(0, rows.token), rows)
+
+    def out(self, g, u, rows):
+        if self.config.factorised:
+            g = of_each(self.w_up, g, rows)                        # C_i Wup_i: (P, d)
+        return of_each(self.w_o, F.silu(g) * u, rows)
 
     def look_through(self, w_down, x):
-        """x w_down (D, E d_low) as C (T, E, d_low): what every expert finds in x."""
-        return (x @ w_down).view(len(x), self.config.n_expert, -1)
+        """x w_down (D, E n) as C (T, E, n): the n numbers that each expert finds in x."""
+        return (x @ w_down).unflatten(1, (self.config.n_expert, -1))
 
-    def routing(self, p, I, w):
-        """The Routing, and in it L_aux (Eq. 2) and the penalty on Ent_conf, which need all of p."""
+    def recomputed(self, f, *inputs):
+        """f(*inputs). With config.recompute autograd stores nothing that f computes on the way:
+        backward calls f again, up to its last matmul. (So a counter in f would count twice.)"""
+        if self.config.recompute:
+            return checkpoint(f, *inputs, use_reentrant=False)
+        return f(*inputs)
+
+    def auxiliary_loss(self, p, I):
+        """L_aux, which makes loads even (Eq. 2), and the penalty on Ent_conf, with their weights.
+        From the scores p (T, E) and the chosen I (T, K)."""
         loss, E = p.new_zeros(()), self.config.n_expert
         if self.config.aux_weight:
-            f, P = count(I, E).type_as(p) / len(p), p.softmax(-1).mean(0)      # Eq. 6
+            f = count(I, E).type_as(p) / len(p)                    # Eq. 6: (E,), their sum is K
+            P = p.softmax(-1).mean(0)                              # Eq. 6: (E,)
             loss = loss + self.config.aux_weight * E * (f * P).sum()           # Eq. 2
         if self.config.conf_weight:
             loss = loss + self.config.conf_weight * entropy(p).mean()          # Eq. 8
-        return Routing(p.detach(), I, w.detach(), loss)
+        return loss
 
     def active_parameters(self):
-        """Those that the computation of one token touches: what every token meets, and of the rest
-        the share of the experts that handle it: on average with expert_choice, at most with top_p.
-        """
-        handle = {'top_k': self.config.top_k, 'top_p': self.config.n_expert,
-                  'expert_choice': min(self.config.capacity_factor, self.config.n_expert)}
-        share = handle[self.config.select] / self.config.n_expert
-        everyones = self.parameters_of_every_token()
-        return round(everyones + share * (parameters_of(self) - everyones))
+        """Those that one token meets: what all tokens share, and the used share of the rest. For
+        expert_choice it is that of an average token, for top_p it is the most it can be."""
+        used = {'top_k': self.config.top_k, 'top_p': self.config.n_expert,
+                'expert_choice': min(self.config.capacity_factor, self.config.n_expert)}
+        share = used[self.config.select] / self.config.n_expert
+        shared = self.shared_parameters()                          # of MoE, of AoE
+        return round(shared + share * (parameters_of(self) - shared))
 
 
 class MoE(SparseMLP):
-    """Routed mixture of experts, Algorithm 1: a linear router R(x) scores the experts.
+    """Routed mixture of experts, Algorithm 1: a router R(x) scores the experts. R(x) is
 
-    router='large' is a baseline of Table 2: R(x) = SiLU(x router_in) router.
+        linear   x router
+        large    SiLU(x router_in) router, a baseline of Table 2
+        norm     ||x A_i||, A_i (D, d_low) side by side in router_in: aoe's score, but of matrices
+                 that do nothing else
     """
 
     def __init__(self, config):
         super().__init__(config)
-        D, E, rows = config.n_embd, config.n_expert, config.n_embd
-        if config.router == 'large':
-            rows = round(E * config.d_low * D / (D + E))           # as many parameters as w_down
-            self.router_in = nn.Parameter(torch.empty(D, rows))
-        self.router = nn.Parameter(torch.empty(rows, E))
+        D, E, inner = config.n_embd, config.n_expert, config.n_embd
+        if config.router == 'large':                               # as many numbers as w_down has:
+            inner = round(E * config.d_low * D / (D + E))          # inner (D + E) = E d_low D
+            self.router_in = nn.Parameter(torch.empty(D, inner))
+        if config.router == 'norm':
+            self.router_in = nn.Parameter(torch.empty(D, E * config.d_low))
+        else:
+            self.router = nn.Parameter(torch.empty(inner, E))
 
     def forward(self, x):                                          # (T, D)
-        p = recomputed(self.route, x)                              # R(x): (T, E)
-        I = self.choose(p.detach())                                # argtopK(p): (T, K)
+        p = self.recomputed(self.route, x)                         # R(x): (T, E)
+        I = self.choose(p)                                         # argtopK(p): (T, K)
         w = self.weigh(p, I)                                       # softmax(p[I]): (T, K)
         h = self.experts(x, I, w)                                  # Eq. 1: (T, D)
-        return h, self.routing(p, I, w)
+        return h, Routing(p.detach(), I, w.detach(), self.auxiliary_loss(p, I))
 
     def route(self, x):
+        if self.config.router == 'norm':
+            return norm(self.look_through(self.router_in, x))
         if self.config.router == 'large':
             x = F.silu(x @ self.router_in)
         with torch.autocast(x.device.type, enabled=False):         # scores are float32 at least
             return at_least_float32(x) @ at_least_float32(self.router)
 
-    def parameters_of_every_token(self):
-        router_in = self.router_in.numel() if self.config.router == 'large' else 0
-        w_down = self.w_down.numel() if self.config.factorised else 0          # all C_i are found
-        return router_in + self.router.numel() + w_down
+    def shared_parameters(self):
+        mine = ('router', 'router_in', 'w_down')                   # with w_down all C_i are found
+        return sum(p.numel() for name, p in self.named_parameters() if name in mine)
 
 
 class AoE(SparseMLP):
     """Autonomy of experts, Algorithm 2. No router: every expert takes the first step of its gate,
-    and the norm of what it finds is its score. The chosen go on from what they found; where the
-    gate is whole, that is only d_judge of its neurons, and they begin again."""
+    and the norm of what it finds is its score. The chosen go on from there."""
 
     def forward(self, x):                                          # (T, D)
-        C, p = recomputed(self.look, x)                            # (T, E, d_low), (T, E)
-        I = self.choose(p.detach())                                # argtopK(p): (T, K)
+        C, p = self.recomputed(self.look, x)                       # (T, E, d_low), (T, E)
+        I = self.choose(p)                                         # argtopK(p): (T, K)
         w = self.weigh(p, I)                                       # softmax(p[I]): (T, K)
         h = self.experts(x, I, w, C)                               # Algorithm 2, last line: (T, D)
-        return h, self.routing(p, I, w)
+        return h, Routing(p.detach(), I, w.detach(), self.auxiliary_loss(p, I))
 
     def look(self, x):
         """What every expert finds in x, and how much it is."""
-        C = self.look_through(self.down(), x)                      # Eq. 3
+        C = self.look_through(self.first_step(), x)                # Eq. 3
         return C, norm(C)                                          # Eq. 4
 
-    def down(self):
-        """Wdown_i of all experts side by side, (D, E d_low). Where the gate is whole, an expert
-        judges by the first d_judge neurons of it: the first columns of Wg_i."""
+    def first_step(self):
+        """All Wdown_i side by side, (D, E d_low). A whole gate has none: there the first d_judge
+        columns of Wg_i score, and the chosen compute x Wg_i in full."""
         if self.config.factorised:
             return self.w_down
         return self.w_g[:, :, :self.config.d_judge].transpose(0, 1).flatten(1)
 
-    def parameters_of_every_token(self):
-        return self.down().numel()                                 # all experts look at every token
+    def shared_parameters(self):
+        return self.first_step().numel()                           # all experts look at every token
 
 
 def norm(C):
@@ -259,9 +285,9 @@ def norm(C):
 
 
 def count(I, E):
-    """How many tokens each expert handles: (E,)."""
-    I = I.masked_fill(I < 0, E).flatten()                          # nobody comes last: cut off
-    return I.new_zeros(E + 1).scatter_add(0, I, torch.ones_like(I))[:E]
+    """How many tokens each expert handles, by I (T, K): (E,)."""
+    I = I.masked_fill(I < 0, E).flatten()                          # -1 counts as expert E ...
+    return I.new_zeros(E + 1).scatter_add(0, I, torch.ones_like(I))[:E]        # ... and is dropped
 
 
 def entropy(p):
@@ -299,9 +325,15 @@ def rotate(x, cos, sin):
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1).type_as(x)
 
 
-def summed_loss(logits, targets):
-    """Cross-entropy of some tokens at a time: in float32, logits of a whole batch are large."""
-    return F.cross_entropy(at_least_float32(logits), targets, reduction='sum')
+def attend(q, k, v, dropout):
+    """softmax(q k^T / sqrt(head_dim)) v, causal; all (B, n_head, S, head_dim). On a CPU in float32
+    if S < 256: there bfloat16 takes three times as long (torch 2.13 on a Zen 4)."""
+    if q.device.type != 'cpu' or q.shape[2] >= 256:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+    with torch.autocast('cpu', enabled=False):
+        y = F.scaled_dot_product_attention(*map(at_least_float32, (q, k, v)), is_causal=True,
+                                           dropout_p=dropout)
+    return y.type_as(q)
 
 
 class CausalSelfAttention(nn.Module):
@@ -313,25 +345,12 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cos, sin, past=None):                     # (B, S, D)
+    def forward(self, x, cos, sin):                                # (B, S, D)
         B, S, D = x.shape
         qkv = self.qkv(x).view(B, S, 3, self.n_head, D // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                       # each (B, n_head, S, head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if past:                                                   # of the positions before
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        if past is not None:
-            past[:] = k, v
-        seen = None                                                # all up to one's own: causal
-        if S > 1 and k.shape[2] > S:                               # is_causal would begin at 0
-            seen = torch.ones(S, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - S)
-        autocast = torch.is_autocast_enabled(x.device.type)
-        if x.device.type == 'cpu' and S < 256:                     # a CPU is 3 times as fast so
-            q, k, v, autocast = at_least_float32(q), at_least_float32(k), at_least_float32(v), False
-        with torch.autocast(x.device.type, enabled=autocast):
-            y = F.scaled_dot_product_attention(
-                q, k, v, seen, self.dropout if self.training else 0.0,
-                is_causal=S > 1 and seen is None)
+        y = attend(q, k, v, self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(B, S, D))
 
 
@@ -346,9 +365,10 @@ class Block(nn.Module):
         self.mlp = MLPS[config.mlp](config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cos, sin, past=None):                     # (B, S, D)
-        x = x + self.dropout(self.attention(self.norm_1(x), cos, sin, past))
-        tokens = as_autocast(self.norm_2(x)).flatten(0, 1)         # one copy for all that keep it
+    def forward(self, x, cos, sin):                                # (B, S, D)
+        x = x + self.dropout(self.attention(self.norm_1(x), cos, sin))
+        # cast here once, or every matmul of the MLP would cast and keep a copy of its own
+        tokens = as_autocast(self.norm_2(x)).flatten(0, 1)         # (T, D)
         h, routing = self.mlp(tokens)                              # (T, D)
         return x + self.dropout(h.view_as(x)), routing
 
@@ -396,32 +416,29 @@ class GPT(nn.Module):
                 std = 0.02 / math.sqrt(2 * self.config.n_layer)
             p.normal_(0.0, std)
 
-    def forward(self, idx, targets=None, past=None):
+    def forward(self, idx, targets=None):
         """Predict the next token at every position of idx (B, S), S at most block_size. Returns
 
             logits   (B, S, vocab_size)
             loss     mean cross-entropy in nats per token, nothing added; None without targets
             routing  Routing, stacked over the layers; its aux_loss is for the trainer to add
 
-        past: a list for each block, of keys and values of the positions before idx; grows by idx.
+        Targets of -100 do not count.
         """
-        start = past[0][0].shape[2] if past and past[0] else 0
-        end = start + idx.shape[1]
-        if end > self.config.block_size:
-            raise ValueError(f'expected at most {self.config.block_size} tokens, got {end}')
+        S = idx.shape[1]
+        if S > self.config.block_size:
+            raise ValueError(f'expected at most {self.config.block_size} tokens, got {S}')
         x = self.dropout(self.embedding(idx))                      # (B, S, D)
         routings = []
-        for block, before in zip(self.blocks, past or [None] * len(self.blocks)):
-            x, routing = block(x, self.cos[start:end], self.sin[start:end], before)
+        for block in self.blocks:
+            x, routing = block(x, self.cos[:S], self.sin[:S])
             routings.append(routing)
         logits = self.head(self.norm(x))                           # (B, S, vocab_size)
-        loss = None
-        if targets is not None:
-            pieces = zip(logits.flatten(0, 1).split(2048), targets.flatten().split(2048))
-            loss = sum(recomputed(summed_loss, *piece) for piece in pieces) / targets.numel()
-        if self.config.mlp == 'dense':
+        loss = None if targets is None else cross_entropy(logits, targets)
+        if self.config.mlp == 'dense':                             # empty, so train.py needs no if
             return logits, loss, Routing(*(x.new_empty(0) for _ in Routing._fields))
-        return logits, loss, Routing(*map(torch.stack, zip(*routings)))
+        fields = zip(*routings)                                    # all scores, all chosen, ...
+        return logits, loss, Routing(*(torch.stack(field) for field in fields))
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, vocab_top_k=None, vocab_size=None,
@@ -432,18 +449,18 @@ class GPT(nn.Module):
         vocab_top_k: draw from that many likeliest tokens only. (top_k is about experts.)
         vocab_size: draw from the first so many tokens only, those that the tokenizer knows.
         seed: the same seed on the same machine draws the same text. Sets the model to eval mode.
-        The context is at most block_size tokens; when it is full, it goes on from its later half.
+        The context is the last block_size tokens.
         """
         if self.config.select == 'expert_choice':
             raise ValueError('select: expected top_k or top_p, got expert_choice, which needs the '
                              'tokens to come')
+        if idx.shape[1] == 0:
+            raise ValueError('expected a token at least to continue, got none')
         self.eval()
         generator = torch.Generator(idx.device)
         generator.manual_seed(seed) if seed is not None else generator.seed()
-        size = self.config.block_size
-        past, new = [[] for _ in self.blocks], idx[:, -size:]
         for _ in range(max_new_tokens):
-            logits = self(new, past=past)[0][:, -1, :vocab_size]
+            logits = self(idx[:, -self.config.block_size:])[0][:, -1, :vocab_size]
             logits = at_least_float32(logits)                      # (B, vocab_size)
             if vocab_top_k is not None:
                 kept = logits.topk(min(vocab_top_k, logits.shape[-1])).values
@@ -454,8 +471,6 @@ class GPT(nn.Module):
                 p = (logits / temperature).softmax(-1)
                 new = torch.multinomial(p, 1, generator=generator)
             idx = torch.cat([idx, new], dim=1)
-            if past[0][0].shape[2] == size:
-                past, new = [[] for _ in self.blocks], idx[:, -max(1, size // 2):]
         return idx
 
     def total_parameters(self):
@@ -476,162 +491,92 @@ class GPT(nn.Module):
         return 6 * (self.active_parameters() - norms) + 12 * c.n_layer * c.block_size * c.n_embd
 
 
+def cross_entropy(logits, targets):
+    """F.cross_entropy(logits, targets), in less memory: the float32 copy of a batch's logits would
+    be the largest tensor of a step. So 2,048 tokens at a time, and backward does each piece again.
+    """
+    def summed(logits, targets):
+        return F.cross_entropy(at_least_float32(logits), targets, reduction='sum')
+    pieces = zip(logits.flatten(0, 1).split(2048), targets.flatten().split(2048))
+    loss = sum(checkpoint(summed, *piece, use_reentrant=False) for piece in pieces)
+    return loss / (targets != -100).sum()
+
+
 # -----------------------------------------------------------------------------
-# Part 3: all experts at once, in less memory.
-#
-# Part 1 asks each expert in turn, and autograd keeps every intermediate for backward. Here the
-# chosen (token, expert) pairs are sorted by expert into P rows, so that all experts are one grouped
-# matmul, and backward computes again what is cheap. `--plain=True` does without.
+# Part 3: a matmul for each expert
 
 class Rows(NamedTuple):
-    """The chosen pairs, sorted by expert, with padding in between: P rows."""
+    """The chosen pairs of a token and an expert, sorted by expert, with padding: P rows."""
     token: torch.Tensor      # (P,)    the token of each row; 0 in padding
-    expert: torch.Tensor     # (P,)    its expert
-    row: torch.Tensor        # (T, K)  the row of each pair, of nobody (-1) one of the last expert's
+    pair: torch.Tensor       # (P,)    token * E + its expert
+    weight: torch.Tensor     # (P,)    w of the pair; 0 in padding
     ends: torch.Tensor       # (E,)    int32: where each expert's rows end; the last is P
+    row: torch.Tensor        # (T, K)  the row of each pair; for nobody (-1) one of weight 0
 
 
-def sort_by_expert(I, E, leave_out):
-    """Rows of I (T, K). leave_out: pairs with nobody (-1) get no row, for which their number has to
-    be read from the device; else the last expert computes them, for nothing.
+PAD = 16
 
-    Each expert's rows are padded to a multiple of up to 16: a CPU prepares each new shape of a
-    bfloat16 matmul for longer than it then takes, so few shapes are good. P does not depend on who
-    was chosen (the last expert takes what is left), unless they are left out.
+
+def sort_by_expert(I, w, E, leave_out):
+    """The Rows of I and w (T, K). With E = 2, K = 1, tokens a, b, c and I = [1, 0, 1]:
+
+        row      0 1 2 ... 15   16 17 18 ...
+        token    b . .     .     a  c  .         . is padding
+        expert   0 0 0     0     1  1  1
+
+    Each expert has a multiple of PAD rows: a CPU prepares each new shape of a bfloat16 matmul for
+    longer than it then takes. It has PAD at least: PyTorch (issue 172439) gives garbage as the
+    gradient of an expert without rows.
+
+    P does not depend on who was chosen, so no GPU has to be waited for: there is room for any
+    choice, and the last expert takes what is left. leave_out: most of I is -1, nobody, and gets no
+    row; then the number of rows has to be read from the GPU.
     """
     T, K = I.shape
     load = count(I, E)                                             # (E,)
     pairs = int(load.sum()) if leave_out else T * K
-    multiple = max(1, min(16, pairs // E // 16))
-    P = math.ceil((pairs + E * (multiple - 1)) / multiple) * multiple
-    P = P + 1 if leave_out else P                                  # one more, for nobody
-    padding = -load % multiple                                     # (E,)
-    expert, pair = I.masked_fill(I < 0, E).flatten().sort(stable=True)         # nobody comes last
-    expert, pair = expert[:pairs], pair[:pairs]                    # pair = t*K + k
-    padding_before = F.pad(padding.cumsum(0), (1, 0))              # (E + 1,)
+    size = PAD * ((load.clamp(min=1) + PAD - 1) // PAD)            # rows of each expert: (E,)
+    P = PAD * (math.ceil(pairs / PAD) + E)                         # never below size.sum()
+    ends = size.cumsum(0)
+
+    # sorting by expert gives the pairs (t * K + k) of expert 0, then of 1, ...; nobody comes last
+    expert, pair = I.masked_fill(I < 0, E).flatten().sort(stable=True)
+    expert, pair = expert[:pairs], pair[:pairs]
+    padding_before = F.pad((size - load).cumsum(0), (1, 0))        # for expert 0, 1, ..., nobody
     row = torch.arange(pairs, device=I.device) + padding_before[expert]
-    ends = (load + padding).cumsum(0)
     ends[-1] = P
-    return Rows(
-        token=pair.new_zeros(P).scatter(0, row, pair // K),
-        expert=(torch.arange(P, device=I.device).unsqueeze(1) >= ends).sum(1),
-        row=pair.new_full((T * K,), P - 1).scatter(0, pair, row).view(T, K),
-        ends=ends.int())
+    token = pair.new_zeros(P).scatter(0, row, pair // K)
+    expert_of_row = (torch.arange(P, device=I.device).unsqueeze(1) >= ends).sum(1)
+    return Rows(token=token, pair=token * E + expert_of_row,
+                weight=w.new_zeros(P).scatter(0, row, w.flatten()[pair]),
+                ends=ends.int(),
+                row=pair.new_full((T * K,), P - 1).scatter(0, pair, row).view(T, K))
 
 
-def has_grouped_mm(x):
-    """Whether PyTorch multiplies all experts in one call, in the dtype and on the device of x. On
-    GPUs other than Hopper and large Blackwells its call copies `ends` to the CPU each time."""
-    kind = x.device.type
-    if kind == 'cuda':
-        ready = torch.cuda.get_device_capability(x.device) in ((9, 0), (10, 0), (10, 3))
-        return ready and x.dtype == torch.bfloat16 and hasattr(F, 'grouped_mm')
-    known = x.dtype == torch.bfloat16 or (
-        x.dtype == torch.float32 and not torch.compiler.is_compiling())
-    return kind == 'cpu' and known and hasattr(F, 'grouped_mm')
+def of_each(w, x, rows):
+    """Each row of x (P, m) times the matrix of its expert, w (E, m, n): (P, n)."""
+    x, w = as_autocast(x), as_autocast(w)                          # which F.grouped_mm lacks
+    if has_grouped_mm(x, w):
+        return F.grouped_mm(x, w, offs=rows.ends)                  # the loop below, in one call
+    ends = rows.ends.tolist()
+    return torch.cat([x[start:end] @ w[i] for i, (start, end) in enumerate(zip([0, *ends], ends))])
 
 
-def grouped_mm(a, b, ends):
-    """A matmul for each expert: a (P, m), b (E, m, n) -> (P, n). Or the gradient of b: a (m, P),
-    b (P, n) -> (E, m, n). One call where PyTorch has it, for widths of whole 16 bytes; the loop
-    says what it does."""
-    strides = [max(t.stride()[-2:]) * t.element_size() for t in (a, b)]        # bytes
-    whole = strides[0] % 16 == strides[1] % 16 == 0
-    if whole and has_grouped_mm(a):
-        product = F.grouped_mm(a, b, offs=ends)
-        if b.dim() == 2 and a.device.type == 'cuda':               # PyTorch issue 172439: garbage
-            empty = ends.diff(prepend=ends.new_zeros(1)) == 0      # from experts without rows
-            product = product.masked_fill(empty[:, None, None], 0)
-        return product
-    ends = ends.tolist()
-    rows = [slice(start, end) for start, end in zip([0, *ends], ends)]
-    if b.dim() == 3:
-        return torch.cat([a[r] @ b[i] for i, r in enumerate(rows)])
-    return torch.stack([a[:, r] @ b[r] for r in rows])
+def has_grouped_mm(x, w):
+    """Whether PyTorch has F.grouped_mm for these: for three dtypes, in torch.compile for one, and
+    where the rows of a matrix are whole multiples of 16 bytes."""
+    known = (torch.bfloat16,)
+    if not torch.compiler.is_compiling():
+        known = (torch.bfloat16, torch.float16, torch.float32)
+    whole = all(max(t.stride()[-2:]) * t.element_size() % 16 == 0 for t in (x, w))
+    return hasattr(F, 'grouped_mm') and x.dtype in known and whole
 
 
-def sum_rows(y, row, w=None):
-    """For each token the sum of its rows, weighted: y (P, D), row and w (T, K) -> (T, D)."""
-    if y.device.type == 'cpu':               # one pass, where the line below makes three
-        w = None if w is None else w.type_as(y)
-        return F.embedding_bag(row, y, mode='sum', per_sample_weights=w)
-    return (y[row] if w is None else y[row] * w.type_as(y).unsqueeze(-1)).sum(1)
-
-
-class GroupedExperts(torch.autograd.Function):
-    """SparseMLP.experts for Rows: forward is its formula. It keeps u, and g where that is x Wg_i.
-    Backward computes again X, SiLU(g) * u, and a factorised g, a matmul only d_low deep. It needs
-    no y: the gradient of a weight, <dh, y>, is <dh Wo^T, SiLU(g) * u>."""
-
-    @staticmethod
-    def forward(ctx, x, C, weights, w_gate, w_p, w_o, token, row, ends):
-        """C: what goes into the gate (P, d_low), or None for x itself. Returns h (T, D)."""
-        X = x.index_select(0, token)                               # (P, D)
-        g = grouped_mm(X if C is None else C, w_gate, ends)        # C_i Wup_i, or x Wg_i: (P, d)
-        u = grouped_mm(X, w_p, ends)                               # x Wp_i: (P, d)
-        y = grouped_mm(F.silu(g).mul_(u), w_o, ends)               # (P, D)
-        ctx.save_for_backward(x, C, weights, w_gate, w_p, w_o, g if C is None else None, u,
-                              token, row, ends)
-        return sum_rows(y, row, weights)
-
-    @staticmethod
-    def backward(ctx, dh):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():      # create_graph=True
-            raise RuntimeError('expected first derivatives alone; plain=True has second ones')
-        x, C, weights, w_gate, w_p, w_o, g, u, token, row, ends = ctx.saved_tensors
-        X = x.index_select(0, token)                               # (P, D)
-        gate_in = X if C is None else C
-        g = grouped_mm(C, w_gate, ends) if g is None else g        # (P, d)
-        silu_g = F.silu(g)
-        dy = dh.index_select(0, token)                             # of y, before weights: (P, D)
-        da = grouped_mm(dy, w_o.mT, ends)                          # of a = SiLU(g) * u: (P, d)
-        a = silu_g * u
-        dweights = torch.linalg.vecdot(da, a)[row].type_as(weights)            # (T, K)
-        of_row = a.new_zeros(len(a)).index_add(0, row.flatten(), weights.type_as(a).flatten())
-        dw_o = grouped_mm(a.T, dy.mul_(of_row.unsqueeze(1)), ends)
-        da *= of_row.unsqueeze(1)                                  # 0 in padding
-        du = silu_g.mul_(da)
-        dg = torch.ops.aten.silu_backward(da.mul_(u), g)
-        dw_gate, dw_p = grouped_mm(gate_in.T, dg, ends), grouped_mm(X.T, du, ends)
-        dX, dC = grouped_mm(du, w_p.mT, ends), grouped_mm(dg, w_gate.mT, ends)
-        if C is None:                                              # x went into the gate as well
-            dX, dC = dX.add_(dC), None
-        return sum_rows(dX, row), dC, dweights, dw_gate, dw_p, dw_o, None, None, None
-
-
-def all_at_once(layer, x, I, w, C):
-    """SparseMLP.experts of a layer, in one grouped matmul for each of its three matrices."""
-    c, x = layer.config, as_autocast(x)
-    rows = sort_by_expert(I, c.n_expert, leave_out=I.shape[1] > c.top_k)
-    if not has_grouped_mm(x):            # the loop needs the ends: wait for them once, here
-        rows = rows._replace(ends=rows.ends.cpu())
-    C_rows = None
-    if c.factorised:
-        C_rows = as_autocast(C.flatten(0, 1)[rows.token * c.n_expert + rows.expert])
-    w_gate = as_autocast(layer.w_up if c.factorised else layer.w_g)
-    return GroupedExperts.apply(
-        x, C_rows, w.masked_fill(I < 0, 0), w_gate, as_autocast(layer.w_p), as_autocast(layer.w_o),
-        rows.token, rows.row, rows.ends)
-
-
-def distance_of_both_ways(layer):
-    """How far all_at_once is from the loop in SparseMLP.experts, in float32: the largest relative
-    distance of h and of gradients on 64 random tokens, and of h on 64 that are large and alike, in
-    eval mode. A rounding, unless one of the two was edited alone."""
-    found, device = [], layer.w_p.device
-    for plain in (True, False):
-        one = copy.deepcopy(layer)                                 # the layer stays as it is
-        one.config.plain = plain
-        with torch.random.fork_rng([device] if device.type == 'cuda' else []):
-            torch.manual_seed(0)
-            x = torch.randn(64, layer.config.n_embd, device=device, requires_grad=True)
-            h, _ = one(x)
-            loss = (h * torch.randn_like(h)).sum()
-            leaves = [x] + [p for p in one.parameters() if p.requires_grad]
-            grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
-            alike, _ = one.eval()(3 * x + 30 * torch.randn_like(x[0]))
-        found.append([h, *grads, alike])
-    return torch.stack([(a - b).norm() / (a.norm() + 1e-30) for a, b in zip(*found)]).max().item()
+def sum_rows(y, rows):
+    """For each token the sum of its rows: y (P, D) -> (T, D)."""
+    if y.device.type == 'cpu':               # one pass, where the line below makes two
+        return F.embedding_bag(rows.row, y, mode='sum')
+    return y[rows.row].sum(1)
 
 
 # -----------------------------------------------------------------------------
@@ -644,37 +589,59 @@ def fill_in(config):
         c.factorised = c.mlp == 'aoe'
     if c.d_ffn is None:
         c.d_ffn = 4 * D
-    if c.d_low is None and (c.factorised or c.mlp == 'moe' and c.router == 'large'):
-        c.d_low = min(range(8, max(8, D // 2) + 1, 8), key=lambda d_low: (      # multiples of 8:
-            abs(surplus(c, d_low)) > 0.008, abs(d_low - D / 3)))   # near D/3, if d_wide can follow
+    if c.d_low is None and (c.factorised or c.mlp == 'moe' and c.router != 'linear'):
+        c.d_low = default_d_low(c)
     if c.d_judge is None and c.mlp == 'aoe' and not c.factorised:
         c.d_judge = min(max(8, 8 * round(D / 48)), D, c.d_ffn)
 
 
-def surplus(config, d_low):
-    """How much larger than moe's a layer of experts with a factorised gate is, as a share."""
-    D, d_wide = config.n_embd, equation_5(config.n_embd, config.d_ffn, d_low)
-    return (D * d_low + d_low * d_wide + 2 * D * d_wide) / (3 * D * config.d_ffn + D) - 1
+def default_d_low(config):
+    """Near a third of D (of d_ffn, if that is less): the multiple of 8 that makes a layer as large
+    as moe's, to 1 % or as nearly as possible, though d_wide is a multiple of 8, too."""
+    D, d_ffn = config.n_embd, config.d_ffn
+    narrower = min(D, d_ffn)
+
+    def misfit(d_low):
+        d_wide = equation_5(D, d_ffn, d_low)
+        size, moe = D * d_low + d_low * d_wide + 2 * D * d_wide, 3 * D * d_ffn + D
+        return max(0.01, abs(size / moe - 1)), abs(d_low - narrower / 3)
+    return min(range(8, max(8, narrower // 2) + 1, 8), key=misfit)
+
+
+def refuse(config, key, expected):
+    raise ValueError(f'{key}: expected {expected}, got {getattr(config, key)!r}')
 
 
 def refuse_misfits(config):
     """Raise ValueError for the first key whose value cannot be."""
     c, D = config, config.n_embd
-    expect(c, 'block_size vocab_size n_layer n_head n_embd n_expert top_k d_ffn d_low d_judge',
-           'a positive number', lambda n: 0 < n < 2**31)
-    expect(c, 'mlp', 'one of aoe, moe, dense', lambda mlp: mlp in MLPS)
-    expect(c, 'top_p', 'more than 0 and at most 1', lambda p: 0 < p <= 1)
-    expect(c, 'capacity_factor', 'a positive number', lambda factor: 0 < factor < 2**31)
-    expect(c, 'aux_weight conf_weight', '0 or more', lambda weight: weight >= 0)
-    expect(c, 'dropout', 'a probability below 1', lambda p: 0 <= p < 1)
-    expect(c, 'top_k', f'at most n_expert = {c.n_expert}', lambda k: k <= c.n_expert)
-    expect(c, 'n_embd', f'a multiple of 2 * n_head = {2 * c.n_head} (rotary positions turn pairs '
-           'of numbers within a head)', lambda n: n % (2 * c.n_head) == 0)
-    expect(c, 'd_low', f'at most n_embd = {D}', lambda d_low: d_low <= D)
+    for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_expert', 'top_k',
+                'd_ffn', 'd_low', 'd_judge'):
+        value = getattr(c, key)
+        if value is not None and not 0 < value < 2**31:
+            refuse(c, key, 'a positive number')
+    if c.mlp not in MLPS:
+        refuse(c, 'mlp', 'one of aoe, moe, dense')
+    if not 0 < c.top_p <= 1:
+        refuse(c, 'top_p', 'more than 0 and at most 1')
+    if not 0 < c.capacity_factor < 2**31:
+        refuse(c, 'capacity_factor', 'a positive number')
+    for key in ('aux_weight', 'conf_weight'):
+        if not 0 <= getattr(c, key) < math.inf:
+            refuse(c, key, '0 or more')
+    if not 0 <= c.dropout < 1:
+        refuse(c, 'dropout', 'a probability below 1')
+    if c.top_k > c.n_expert:
+        refuse(c, 'top_k', f'at most n_expert = {c.n_expert}')
+    if D % (2 * c.n_head):
+        refuse(c, 'n_embd', f'a multiple of 2 * n_head = {2 * c.n_head} (rotary positions turn '
+               'pairs of numbers within a head)')
+    if c.d_low is not None and c.d_low > D:
+        refuse(c, 'd_low', f'at most n_embd = {D}')
     if c.mlp == 'aoe' and not c.factorised:
-        expect(c, 'd_low', 'None: a whole gate has no inner width, but --d_judge', lambda _: False)
-        expect(c, 'd_judge', f'at most n_embd = {D} and d_ffn = {c.d_ffn}',
-               lambda n: n <= min(D, c.d_ffn))
-    if c.mlp != 'dense' and c.factorised:
-        expect(c, 'd_low', f'less, since Eq. 5 leaves no d_wide to experts of d_ffn = {c.d_ffn}',
-               lambda d_low: equation_5(D, c.d_ffn, d_low) > 0)
+        if c.d_low is not None:
+            refuse(c, 'd_low', 'None: a whole gate has no inner width, but --d_judge')
+        if c.d_judge > min(D, c.d_ffn):
+            refuse(c, 'd_judge', f'at most n_embd = {D} and d_ffn = {c.d_ffn}')
+    if c.mlp != 'dense' and c.factorised and equation_5(D, c.d_ffn, c.d_low) <= 0:
+        refuse(c, 'd_low', f'less, since Eq. 5 leaves no d_wide to experts of d_ffn = {c.d_ffn}')

@@ -1,8 +1,8 @@
 """
-Train a GPT whose MLP is aoe, moe or dense, on one GPU or on a CPU, and draw how
-the variants compare.
+Train a GPT whose MLP is aoe, moe or dense, on a CPU, on one GPU or on several,
+and draw how the variants compare.
 
-    python train.py config/quick_start.py             # four, in turn
+    python train.py config/quick_start.py             # four runs, side by side
     python train.py config/quick_start.py --mlp=moe --max_iters=500
     python train.py config/quick_start.py --init_from=resume   # go on
     python train.py --n_layer=6 --n_embd=384 --d_low=64   # no file: defaults
@@ -11,9 +11,14 @@ the variants compare.
 Each run writes <out_dir>/<run>/config.json, log.jsonl (a line per evaluation),
 ckpt.pt (to resume from) and best.pt (the lowest validation loss). In <out_dir>
 are pictures of all runs found there: loss.png, drawn after each evaluation, and
-final_loss, expert_load, norm and expert_class at the end. What the table at the
-end stands on is written there, too, to results.jsonl.
+expert_load, norm and expert_class at the end. The table of the end is there as
+results.jsonl, a line for each run and seed.
 """
+
+import signal
+
+if __name__ == '__main__':               # Ctrl-C while the next lines import: end without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib
 import ctypes
@@ -22,21 +27,22 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
+import platform
 import shlex
-import signal
 import statistics
 import sys
-import threading
 import time
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 try:
@@ -46,25 +52,22 @@ except ImportError:                      # Windows
 
 import configurator
 import model as model_file
-from configurator import (UserError, build, check_type, expect, is_folder_name, parse,
-                          read_config_file, read_text, replacing, write_text)
-from model import GPT, GPTConfig, SparseMLP, distance_of_both_ways, entropy
+from configurator import (UserError, check_type, expect, is_folder_name, parse, read_config_file,
+                          read_text, replacing, write_text)
+from model import GPT, GPTConfig, entropy
 from prepare_data import load_meta
 
 # torchrun starts WORLD_SIZE processes of this script. They share the batches of an iteration, and
 # their gradients are averaged; the one with RANK 0 evaluates, saves, draws and prints.
 RANK, WORLD_SIZE = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 
-with open(model_file.__file__, 'rb') as file:            # as it was imported, whatever it is later
-    MODEL_HASH = hashlib.sha256(file.read()).hexdigest()[:8]
-
 
 @dataclass
 class Recipe(GPTConfig):
-    """The keys that shape a result: the model's, then these. (shape_of adds data and machine.)"""
+    """The keys that shape a result, which a resumed run can't change: the model's, then these."""
     # training
     batch_size: int = 16                 # sequences of block_size tokens, in the model at once
-    gradient_accumulation_steps: int = 1   # batches an iteration (L_aux, expert_choice: one by one)
+    gradient_accumulation_steps: int = 1   # batches in an iteration; L_aux balances each by itself
     learning_rate: float = 2e-3          # the highest, reached after the warm-up
     min_lr: float | None = None          # the lowest; None: a tenth of learning_rate
     warmup_iters: int = 100              # iterations of linear warm-up
@@ -73,6 +76,7 @@ class Recipe(GPTConfig):
     beta1: float = 0.9                   # AdamW's average of gradients
     beta2: float = 0.95                  # AdamW's average of their squares
     grad_clip: float = 1.0               # largest norm of all gradients together; 0: no limit
+    eval_interval: int = 250             # iterations between evaluations
     eval_iters: int = 50                 # batches in an evaluation, the same every time
     seed: int = 1337                     # of the first weights, the batches and dropout
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'   # auto: what is fast here
@@ -86,37 +90,41 @@ class TrainConfig(Recipe):
     data_dir: str = 'data'               # where prepare_data.py wrote it
     # how long, how often
     max_iters: int = 2000                # iterations, one step of the optimizer each
-    eval_interval: int = 250             # iterations between evaluations
-    log_interval: int = 10               # iterations between updates of the progress bar
+    log_interval: int = 10               # iterations between updates of the progress bar's loss
     eval_only: bool = False              # evaluate the checkpoint that is there and write nothing
     init_from: Literal['scratch', 'resume', 'auto'] = 'scratch'   # auto: resume, if there is one
-    # runs, trained in turn
+    # runs
     out_dir: str = 'out/default'         # each run writes to a folder of its own in here
     name: str | None = None              # of the run, and of its folder; None: its mlp
     runs: dict | None = None             # run name -> the keys in which it differs
     seeds: tuple | None = None           # train every run with each of these seeds
+    jobs: int | None = None              # runs trained side by side; None: CPU, a core each; GPU, 1
     # machine
     device: str = 'auto'                 # auto: cuda, else mps, else cpu
-    threads: int | None = None           # of the CPU; None: PyTorch's choice
-    compile: Literal['auto', True, False] = 'auto'   # torch.compile, once 20 s a run; auto: False
+    threads: int | None = None           # of the CPU, for each run; None: all, shared by the jobs
+    compile: bool = False                # torch.compile: 20 seconds at the start of each run
 
     def __post_init__(self):
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:                                # the model's numbers don't fit
+            raise UserError(str(error)) from None
         if self.min_lr is None:
             self.min_lr = self.learning_rate / 10
         if self.name is None:
             self.name = self.mlp
-        expect(self, 'batch_size gradient_accumulation_steps eval_interval eval_iters log_interval'
-               ' max_iters learning_rate lr_decay_iters threads', 'a positive number',
-               lambda n: 0 < n < 2**31)
-        expect(self, 'min_lr warmup_iters weight_decay grad_clip seed', '0 or more, below 2^63',
-               lambda n: 0 <= n < 2**63)
+        expect(self, ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters',
+                      'log_interval', 'max_iters', 'learning_rate', 'lr_decay_iters', 'threads',
+                      'jobs'), 'a positive number', lambda n: 0 < n < 2**31)
+        expect(self, ('min_lr', 'warmup_iters', 'weight_decay', 'grad_clip', 'seed'),
+               '0 or more, below 2^63', lambda n: 0 <= n < 2**63)
         expect(self, 'gradient_accumulation_steps', f'a multiple of the {WORLD_SIZE} processes, '
                'which share them', lambda n: n % WORLD_SIZE == 0)
         expect(self, 'threads', f'at most the {os.cpu_count()} of this machine',
                lambda n: n <= os.cpu_count())
-        expect(self, 'beta1 beta2', 'at least 0 and below 1', lambda beta: 0 <= beta < 1)
+        expect(self, ('beta1', 'beta2'), 'at least 0 and below 1', lambda beta: 0 <= beta < 1)
         expect(self, 'out_dir', 'a folder to write to', lambda out_dir: out_dir)
+        # a name labels plots, where $ and a first _ mean something, and cells of tables
         expect(self, 'name', 'the name of a folder in out_dir, without $ or | and no _ first',
                lambda name: is_folder_name(name) and name.isprintable() and name[0] != '_'
                and not {'$', '|'} & {*name} and not name.endswith(('.jsonl', '.png')))
@@ -131,40 +139,38 @@ class TrainConfig(Recipe):
 
 
 def plan_runs(from_file, from_line):
-    """The TrainConfigs that the values of a config file and of the command line ask for: one for
-    each entry of `runs`, or of mlp's list, and for each of `seeds`; all with one seed, then with
-    the next. The line wins over the file, and --mlp over its runs."""
+    """The TrainConfigs that the keys of a config file and of the command line ask for: one for each
+    entry of `runs`, or of mlp's list, and for each of `seeds`; all with one seed, then with the
+    next. The line wins over the file, and --mlp over its runs:
+
+        {'runs': {'a': {'mlp': 'aoe'}, 'm': {'mlp': 'moe'}}, 'seeds': (1, 2)}  ->  a-1 m-1 a-2 m-2
+        {'mlp': 'aoe,moe'}  ->  aoe moe
+    """
     values = from_file | from_line
     runs, only, seeds = values.pop('runs', None), values.pop('name', None), values.get('seeds')
     if seeds and 'seed' in values:
         raise UserError('seed: expected seed or seeds, got both')
     if runs is None or 'mlp' in from_line:
-        mlps = values.pop('mlp', TrainConfig.mlp).split(',')
-        runs = [(mlp, {'mlp': mlp}) for mlp in mlps]
-    else:
-        runs = list(runs.items())
+        runs = {mlp: {'mlp': mlp} for mlp in values.pop('mlp', TrainConfig.mlp).split(',')}
     if not runs or only is not None and len(runs) > 1:
         raise UserError(f'runs: expected one at least, and one alone with --name, got {len(runs)}')
-    if only is not None:
-        runs = [(only, runs[0][1])]
-    shared = {'runs', 'name', 'seed', 'seeds', 'out_dir'} | from_line.keys() - {'mlp'}
+    # what all runs have in common, and no entry of `runs` may have of its own
+    common = {'runs', 'name', 'seed', 'seeds', 'out_dir', 'jobs'} | from_line.keys() - {'mlp'}
 
-    planned = []
+    planned = {}                         # folder -> its run
     for seed in seeds or [values.get('seed', TrainConfig.seed)]:
         seed = check_type(TrainConfig, 'seed', seed, 'seeds, ')
-        for name, differs in runs:
+        for name, differs in runs.items():
             where = f'runs, {name}: '
             if not isinstance(differs, dict):
                 raise UserError(f'{where}expected a dict of keys, got {differs!r}')
             own = {key: check_type(TrainConfig, key, differs[key], where) for key in differs}
-            for key in shared & own.keys():
+            for key in common & own.keys():
                 raise UserError(f'{where}expected keys of one run, got {key}, which all share')
-            planned.append(build(TrainConfig, values | own | {'name': name, 'seed': seed}))
-    folders = [run.folder for run in planned]
-    if len(set(folders)) < len(folders):
-        raise UserError('runs, mlp, seeds: expected each once, got two runs for '
-                        + max(folders, key=folders.count))
-    return planned
+            run = TrainConfig(**values | own | {'name': only or name, 'seed': seed})
+            if planned.setdefault(run.folder, run) is not run:
+                raise UserError(f'seeds: expected each once, got two runs for {run.folder}')
+    return list(planned.values())
 
 
 # -----------------------------------------------------------------------------
@@ -175,9 +181,11 @@ CLASSES = ('letters', 'capitals', 'spaces', 'line ends', 'other')
 
 def class_of(character):
     """The place in CLASSES of a character; digits and punctuation are others."""
-    is_of = (character.isalpha() and not character.isupper(), character.isupper(),
-             character.isspace() and character not in '\r\n', character in '\r\n', True)
-    return is_of.index(True)
+    if character.isalpha():
+        return CLASSES.index('capitals' if character.isupper() else 'letters')
+    if character in '\r\n':
+        return CLASSES.index('line ends')
+    return CLASSES.index('spaces' if character.isspace() else 'other')
 
 
 def random_of(seed, iteration, micro_step):
@@ -191,28 +199,22 @@ class Data:
     def __init__(self, config, device):
         folder = os.path.join(config.data_dir, config.dataset)
         self.config, self.device, self.meta = config, device, load_meta(folder)
-        vocabulary, known = self.meta['vocabulary'] or '', self.meta['vocab_size']
-        if config.vocab_size is not None and config.vocab_size < known:
-            raise UserError(f'vocab_size: expected at least the {known} of {config.dataset}, '
-                            f'got {config.vocab_size}')
-        # tells vocabularies apart, in a few characters
-        digest = hashlib.sha256(vocabulary.encode()).hexdigest()
-        self.tokenizer = f'{self.meta["tokenizer"]} {digest[:8]}'
-        self.class_of_token = torch.tensor([class_of(c) for c in vocabulary], device=device)
+        self.class_of_token = torch.tensor([class_of(c) for c in self.meta['vocabulary'] or ''],
+                                           device=device)
         self.tokens = {}
         for split in ('train', 'val'):
-            path, tokens = os.path.join(folder, f'{split}.bin'), self.meta[f'{split}_tokens']
+            path, expected = os.path.join(folder, f'{split}.bin'), self.meta[f'{split}_tokens']
             size = os.path.getsize(path) if os.path.exists(path) else 'no file'
-            if size != 2 * tokens:
-                raise UserError(f'{path}: expected {2 * tokens} bytes, got {size}; '
+            if size != 2 * expected:
+                raise UserError(f'{path}: expected {2 * expected} bytes, got {size}; '
                                 f'remove {folder} and run prepare_data.py again')
-            if tokens <= config.block_size:
+            if expected <= config.block_size:
                 raise UserError(f'{path}: expected more than block_size = {config.block_size} '
-                                f'tokens, got {tokens}; lower it or prepare a longer text')
+                                f'tokens, got {expected}; lower it or prepare a longer text')
             self.tokens[split] = np.memmap(path, dtype=np.uint16, mode='r')
 
-    def at(self, split, starts):
-        """The batch whose sequences begin at starts."""
+    def batch(self, split, starts):
+        """The batch of the windows that begin at starts."""
         window = np.asarray(starts)[:, None] + np.arange(self.config.block_size + 1)
         window = self.tokens[split][window].astype(np.int64)       # (batch_size, block_size + 1)
         if window.max() >= self.meta['vocab_size']:
@@ -226,14 +228,23 @@ class Data:
         """A random batch, the same for the same seed."""
         last = len(self.tokens['train']) - self.config.block_size
         random = random_of(self.config.seed, iteration, micro_step)
-        return self.at('train', random.integers(0, last, self.config.batch_size))
+        return self.batch('train', random.integers(0, last, self.config.batch_size))
 
     def eval_batches(self, split):
-        """At most eval_iters batches, spread evenly over the split: the same for all runs."""
-        size, S, tokens = self.config.batch_size, self.config.block_size, len(self.tokens[split])
+        """At most eval_iters batches of 'train' or 'val', of windows spread evenly over the text:
+        the same for all runs. 'test' are windows of the validation text, midway between those of
+        'val': no evaluation on the way has seen them. In a short text there is no room for any."""
+        size, S = self.config.batch_size, self.config.block_size
+        source = 'val' if split == 'test' else split
+        tokens = len(self.tokens[source])
         n = min(self.config.eval_iters, math.ceil(tokens / (size * S)))   # once each is enough
-        for starts in np.linspace(0, tokens - S - 1, n * size, dtype=np.int64).reshape(n, size):
-            yield self.at(split, starts)
+        starts = np.linspace(0, tokens - S - 1, n * size, dtype=np.int64)
+        if split == 'test':
+            room = starts[-1] / max(1, n * size - 1) >= 2 * (S + 1)
+            n = n - 1 if room else 0
+            starts = ((starts[:-1] + starts[1:]) // 2)[:n * size]
+        for batch in starts.reshape(n, size):
+            yield self.batch(source, batch)
 
     def classes(self, idx):
         """The place in CLASSES of each token of idx, flat; None where they are no characters."""
@@ -248,16 +259,18 @@ def measure(routing, classes, config):
 
     classes (T,): of each token; None where the tokens are no characters.
     """
-    chosen = routing.chosen.masked_fill(routing.chosen < 0, config.n_expert)   # nobody comes last
-    used = F.one_hot(chosen, config.n_expert + 1)[..., :-1].sum(2).float()
-    kind = used.new_zeros(used.shape[1], 0)                        # used (L, T, E), of 0 and 1
+    E = config.n_expert
+    chosen = routing.chosen.masked_fill(routing.chosen < 0, E)     # nobody (-1) counts as expert E
+    used = F.one_hot(chosen, E + 1)[..., :E].sum(2).float()        # who handles what: (L, T, E)
+    kind = used.new_zeros(used.shape[1], 0)                        # of which class: (T, none)
     if classes is not None:
-        kind = F.one_hot(classes, len(CLASSES)).float()            # (T, classes), likewise
+        kind = F.one_hot(classes, len(CLASSES)).float()            # (T, classes)
+    is_norm = config.mlp == 'aoe'                                  # else (L, 0): no norms to log
     return {
         'tokens': torch.tensor(used.shape[1]),                     # T
         'used': used.sum(1),                                       # T f of Eq. 6: (L, E)
         'ent_conf': entropy(routing.scores).mean(1),               # Eq. 8: (L,)
-        'norm': routing.scores.mean(1)[:, :config.n_expert if config.mlp == 'aoe' else 0],
+        'norm': routing.scores.mean(1)[:, :E if is_norm else 0],   # (L, E)
         'aux_loss': routing.aux_loss.sum(),
         'handled': kind.T @ used,                                  # (L, classes, E)
         'of_class': kind.sum(0).unsqueeze(1),                      # (classes, 1)
@@ -266,18 +279,19 @@ def measure(routing, classes, config):
 
 @torch.no_grad()
 def evaluate(model, data, autocast, splits=('train', 'val')):
-    """Mean cross-entropy (nats per token) on the splits, and on the last what the experts did."""
+    """Mean cross-entropy (nats per token) on the splits, and on 'val' what the experts did."""
     model.eval()
-    entry = {}
+    entry, measured = {}, []
     for split in splits:
-        losses, measured = [], []
+        losses = []
         for idx, targets in data.eval_batches(split):
             with autocast:
                 _, loss, routing = model(idx, targets)
             losses.append(loss)
-            if split == splits[-1] and routing.chosen.numel():
+            if split == 'val' and model.config.mlp != 'dense':
                 measured.append(measure(routing, data.classes(idx), model.config))
-        entry[f'{split}_loss'] = torch.stack(losses).mean().item()
+        if losses:
+            entry[f'{split}_loss'] = torch.stack(losses).mean().item()
     model.train()
     if not measured:                                               # dense
         return entry | {'aux_loss': 0.0, 'load': [], 'ent_load': [], 'ent_conf': [], 'norm': [],
@@ -321,219 +335,244 @@ class Diverged(UserError):
     """A loss or a weight is not finite. The other runs go on."""
 
 
-def train(config, stop):
+def train(config, stop, make_bar=tqdm):
     """Train one run, from scratch or from its checkpoint, until max_iters or until stop is set. Or
     evaluate its checkpoint and write nothing, for eval_only. Raises UserError, also as Diverged."""
-    c, device, before = config, choose_device(config.device), None
+    c, device, checkpoint = config, choose_device(config.device), None
     if c.threads:
         torch.set_num_threads(c.threads)
     if os.path.exists(c.path('ckpt.pt')) or c.eval_only:
-        if c.init_from == 'scratch' and not c.eval_only:           # since main has looked
-            tqdm.write(f'{c.folder}: another process trains it, or has; left as it is')
+        if c.init_from == 'scratch' and not c.eval_only:           # it was not there at the start
+            tqdm.write(f'{c.folder}: another process has trained it; left as it is')
             return
-        before = load_checkpoint(c.path('ckpt.pt'), device, 'at', 'optimizer', 'scaler')
+        checkpoint = load_checkpoint(c.path('ckpt.pt'), device, 'optimizer', 'scaler')
     data = Data(c, device)
-    settle(c, device, data, before)
-    shape = shape_of(c, device, data)
-    if before:
-        shape = refuse_another_shape(c, shape, before)
+    recipe = settle(c, device, data, checkpoint)                   # and what c leaves open
 
     torch.manual_seed(c.seed)
     model = GPT(c).to(device)
-    refuse_two_formulas(model.blocks[0].mlp)
-    forward = torch.compile(model) if c.compile is True else model
-    forward = DistributedDataParallel(forward) if WORLD_SIZE > 1 else forward
+    forward = torch.compile(model) if c.compile else model
+    if WORLD_SIZE > 1:
+        forward = torch.nn.parallel.DistributedDataParallel(forward)
     optimizer = make_optimizer(model, c, device)
     dtype = getattr(torch, c.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     # float16 has few exponents: losses are scaled up, gradients back, and a step is skipped and
     # the scale halved where something overflowed. For other dtypes the scaler does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    at, log = {'iter': 0, 'seconds': 0.0}, []
-    if before:
-        at, log = before['at'], before['at'].pop('log', [])
-        load_weights(model, before, c.path('ckpt.pt'))
-        optimizer.load_state_dict(before['optimizer'])
-        scaler.load_state_dict(before['scaler'])
-    about = describe(c, model, device) | {'shape': shape}
+    iteration, seconds, log = 0, 0.0, []
+    if checkpoint:
+        iteration, seconds, log = (checkpoint[key] for key in ('iter', 'seconds', 'log'))
+        load_state(model, optimizer, scaler, checkpoint, c.path('ckpt.pt'))
+    facts = facts_of(c, model) | {'recipe': recipe}                # for config.json
+    describe(c, facts, device)
     if c.eval_only:
-        report({'iter': at['iter'], **evaluate(model, data, autocast)})
+        report(c, {'iter': iteration, **evaluate(model, data, autocast)})
         return
-    done = log and log[-1]['iter'] == at['iter'] == c.max_iters
-    if done and read_text(c.path('log.jsonl')) == as_lines(log):   # nothing is left to do
-        report(log[-1])
+    if log and log[-1]['iter'] == iteration == c.max_iters and log == read_log(c.path('log.jsonl')):
+        report(c, log[-1])                                         # nothing is left to do
         return
     lock = make_folder(c)                                          # held until the run has ended
+    if lock is None:
+        tqdm.write(f'{c.folder}: another process trains it; left to that')
+        return
 
-    loss, micro_steps = torch.zeros(()), range(RANK, c.gradient_accumulation_steps, WORLD_SIZE)
+    micro_steps = range(RANK, c.gradient_accumulation_steps, WORLD_SIZE)       # of this process
     tokens_per_iter = c.gradient_accumulation_steps * c.batch_size * c.block_size
-    bar = tqdm(total=c.max_iters * tokens_per_iter, initial=at['iter'] * tokens_per_iter,
-               desc=c.name, unit='tok', unit_scale=True, dynamic_ncols=True,
-               disable=True if RANK else None)                     # None: without a terminal
-    ask_interval = 1 if WORLD_SIZE == 1 else c.log_interval        # a call that all wait for
+    bar = make_bar(total=c.max_iters * tokens_per_iter, initial=iteration * tokens_per_iter,
+                   desc=c.name, unit='tok', unit_scale=True, dynamic_ncols=True,
+                   disable=True if RANK else None)                 # None: without a terminal
     clock = time.perf_counter()
     while True:
         # every eval_interval iterations, and at the end: look, save, log and draw
-        ended = at['iter'] >= c.max_iters
-        stopped = at['iter'] % ask_interval == 0 and any_process(stop.is_set())
-        if at['iter'] % c.eval_interval == 0 or ended or stopped:
-            refuse_not_finite(c, model, at['iter'], loss, about)
-            at['seconds'] += time.perf_counter() - clock           # the clock stands still here
-            look = not stopped and not (log and log[-1]['iter'] == at['iter'])
-            if RANK == 0:
-                if look:
-                    log.append({'iter': at['iter'], 'tokens': at['iter'] * tokens_per_iter,
-                                'seconds': at['seconds'], **evaluate(model, data, autocast),
-                                'lr': learning_rate_at(at['iter'], c)})
-                save(c, 'ckpt.pt', model, data, shape, at={**at, 'log': log},
-                     optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-                losses = {entry['iter']: entry['val_loss'] for entry in log}
-                if losses and losses.get(at['iter']) == min(losses.values()):
-                    save(c, 'best.pt', model, data, shape)
-                write_text(c.path('log.jsonl'), as_lines(log))
-                write_config(c, about, iter=at['iter'])
-                if look:
-                    report(log[-1])
-                    draw(c.out_dir, ['loss.png'])
-                    tell_if_busy(log)
+        ended, stopped = iteration >= c.max_iters, stop.is_set()
+        if (iteration % c.eval_interval == 0 or ended or stopped) and RANK == 0:
+            refuse_not_finite(c, model, iteration, facts)
+            seconds += time.perf_counter() - clock                 # the clock stands still here
+            evaluated = log and log[-1]['iter'] == iteration
+            if not evaluated and not stopped:
+                splits = ('train', 'val', 'test') if ended else ('train', 'val')
+                log.append({'iter': iteration, 'tokens': iteration * tokens_per_iter,
+                            'seconds': seconds, **evaluate(model, data, autocast, splits),
+                            'lr': learning_rate_at(iteration, c)})
+                refuse_not_finite(c, model, iteration, facts, log[-1])
+            save(c, 'ckpt.pt', model, data, recipe, iter=iteration, seconds=seconds, log=log,
+                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            if log and log[-1]['iter'] == iteration:
+                if log[-1]['val_loss'] <= min(entry['val_loss'] for entry in log):
+                    save(c, 'best.pt', model, data, recipe)
+            write_text(c.path('log.jsonl'), as_lines(log))
+            write_config(c, facts, iter=iteration)
+            if not evaluated and not stopped:
+                report(c, log[-1])
+                draw(c.out_dir, ['loss.png'])
             clock = time.perf_counter()
         if ended or stopped:
             break
 
         # one iteration: the gradients of its batches, then a step of the optimizer
-        for group in optimizer.param_groups:
-            group['lr'] = learning_rate_at(at['iter'], c)
+        for parameters in optimizer.param_groups:
+            parameters['lr'] = learning_rate_at(iteration, c)
         for micro_step in micro_steps:
-            idx, targets = data.train_batch(at['iter'], micro_step)
-            torch.manual_seed(random_of(c.seed, at['iter'], micro_step).integers(2**63))   # dropout
-            if WORLD_SIZE > 1:                                     # average with the last one
+            idx, targets = data.train_batch(iteration, micro_step)
+            # of dropout, so that a resumed run drops the same
+            torch.manual_seed(random_of(c.seed, iteration, micro_step).integers(2**63))
+            if WORLD_SIZE > 1:           # processes average their gradients once an iteration
                 forward.require_backward_grad_sync = micro_step == micro_steps[-1]
             with autocast:
-                loss, routing = forward(idx, targets)[1:]          # logits are not held
+                loss, routing = forward(idx, targets)[1:]          # drops logits before backward
             scaler.scale((loss + routing.aux_loss.sum()) / len(micro_steps)).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        at['iter'] += 1
+        iteration += 1
 
-        bar.update(tokens_per_iter)
-        if at['iter'] % c.log_interval == 0:
-            refuse_not_finite(c, model, at['iter'], loss, about)
+        if iteration % c.log_interval == 0:
+            refuse_not_finite(c, model, iteration, facts)          # one pass over the weights
             bar.set_postfix_str(f'loss {loss.item():.3f}', refresh=False)
+        bar.update(tokens_per_iter)
     bar.close()
     lock.close()
 
 
-def refuse_not_finite(config, model, iteration, loss, about):
-    """Raise Diverged if the last loss, or a weight, is not finite, and note it in config.json."""
-    if not any_process(not all(x.isfinite().all() for x in (loss, *model.parameters()))):
+def refuse_not_finite(config, model, iteration, facts, entry=None):
+    """Raise Diverged if a weight is not finite, or a loss of this evaluation, and note it in
+    config.json. (A loss that is not finite makes the weights so in the next step.)"""
+    losses = [value for key, value in (entry or {}).items() if key.endswith('_loss')]
+    if all(p.isfinite().all() for p in model.parameters()) and all(map(math.isfinite, losses)):
         return
     if RANK == 0:
-        write_config(config, about, diverged=iteration)
-    raise Diverged(f'{config.folder}: expected finite numbers, got others by iteration '
-                   f'{iteration}, where the loss is {loss.item():.4f}. ckpt.pt is from before. '
+        write_config(config, facts, diverged=iteration)
+    raise Diverged(f'{config.folder}: expected finite losses and weights, got others by iteration '
+                   f'{iteration}. ckpt.pt is from before. '
                    f'Train anew with --name=, below --learning_rate={config.learning_rate:g}')
 
 
-def refuse_two_formulas(layer):
-    """Raise UserError where SparseMLP.experts was edited, and part 3 of model.py was not."""
-    if isinstance(layer, SparseMLP) and not layer.config.plain:
-        distance = distance_of_both_ways(layer)
-        if not distance < 0.01:                                    # or it is no number
-            raise UserError('model.py: expected part 3 to compute what SparseMLP.experts does, got '
-                            f'a difference of {distance:.0%}; with --plain=True the latter runs')
+def report(config, entry):
+    """One line about an evaluation, above the progress bars."""
+    name = os.path.basename(config.folder)
+    balance = f'   Ent_load {statistics.mean(entry["ent_load"]):.3f}' if entry['ent_load'] else ''
+    tqdm.write(f'{name:<12} iter {entry["iter"]:>6,}   train loss {entry["train_loss"]:.4f}   '
+               f'val loss {entry["val_loss"]:.4f}{balance}')
 
 
-def report(entry):
-    """One line about an evaluation, above the progress bar."""
-    balance = f'  Ent_load {statistics.mean(entry["ent_load"]):.3f}' if entry['ent_load'] else ''
-    tqdm.write(f'iteration {entry["iter"]:>6,}   train loss {entry["train_loss"]:.4f}   '
-               f'val loss {entry["val_loss"]:.4f} {balance}')
+def facts_of(config, model):
+    """For config.json: what the run is called and how large the model is."""
+    return {'name': config.name, 'seed': config.seed, 'dataset': config.dataset,
+            'total_parameters': model.total_parameters(),
+            'active_parameters': model.active_parameters(),
+            'flops_per_token': model.flops_per_token()}
 
 
-def describe(config, model, device):
-    """Print what the model is and how it is trained. Returns that for config.json."""
-    c, total, active = config, model.total_parameters(), model.active_parameters()
-    flops, tokens = model.flops_per_token(), c.batch_size * c.block_size
+def describe(config, facts, device):
+    """Print what the model is and how it is trained."""
+    c, tokens = config, config.gradient_accumulation_steps * config.batch_size * config.block_size
     at_most = 'at most ' if c.select == 'top_p' else ''
-    tqdm.write(f'\n{c.name}: {total:,} parameters, {at_most}{active:,} active, '
-               f'{flops / 1e6:.1f} MFLOPs per token\n'
-               f'{c.max_iters:,} iterations of {c.gradient_accumulation_steps * tokens:,} tokens, '
-               f'{device}, {c.dtype}, seed {c.seed}\nin {c.folder}')
+    tqdm.write(f'\n{c.name}: {facts["total_parameters"]:,} parameters, {at_most}'
+               f'{facts["active_parameters"]:,} active, '
+               f'{facts["flops_per_token"] / 1e6:.1f} MFLOPs per token\n'
+               f'{c.max_iters:,} iterations of {tokens:,} tokens, {device}, {c.dtype}, seed '
+               f'{c.seed}\nin {c.folder}')
     if c.lr_decay_iters != c.max_iters:
         tqdm.write(f'the learning rate falls to {c.min_lr:g} at iteration {c.lr_decay_iters:,}: '
                    '--lr_decay_iters')
-    return {'name': c.name, 'seed': c.seed, 'dataset': c.dataset, 'max_iters': c.max_iters,
-            'lr_decay_iters': c.lr_decay_iters, 'total_parameters': total,
-            'active_parameters': active, 'flops_per_token': flops}
 
 
 # -----------------------------------------------------------------------------
-# what shapes a result, and a run's files: ckpt.pt is the latest state, best.pt the weights with the
-# lowest validation loss
+# a run's files: ckpt.pt is the latest state, best.pt the weights with the lowest validation loss;
+# both hold the recipe, all that shapes the result
 
-CODE = ('device', 'torch', 'model.py')   # may change on the way: then it is 'this then that'
+# may change on the way; then it is 'cpu then cuda'
+MAY_CHANGE = ('device', 'processor', 'torch', 'model.py', 'train.py')
 
 
-def settle(config, device, data, before):
-    """Decide what the configuration leaves open; as in `before`, a checkpoint, if there is one."""
-    c, was = config, before['shape'] if before else {}
-    c.vocab_size = c.vocab_size or data.meta['vocab_size']
+def hash_of(path):
+    with open(path, 'rb') as file:
+        return hashlib.sha256(file.read()).hexdigest()[:8]
+
+
+HASHES = {'model.py': hash_of(model_file.__file__), 'train.py': hash_of(__file__)}   # as imported
+
+
+def settle(config, device, data, checkpoint):
+    """Decide what the configuration leaves open: as in the checkpoint, if there is one.
+
+    Returns the recipe: all that shapes the result of a run, its keys, the data, the machine and the
+    code. Runs that are equal in it, but for the seed, are seeds of one another. Raises UserError
+    where a run would go on with another recipe; only evaluated, it tells what differs.
+    """
+    c, was, known = config, checkpoint['recipe'] if checkpoint else {}, data.meta['vocab_size']
+    c.vocab_size = c.vocab_size or known
+    expect(c, 'vocab_size', f'at least the {known} of {c.dataset}', lambda n: n >= known)
     c.lr_decay_iters = c.lr_decay_iters or was.get('lr_decay_iters') or c.max_iters
     if c.dtype == 'auto':
         c.dtype = was.get('dtype') or fast_dtype(c, device)
+    if c.recompute is None:                                        # it changes no result
+        c.recompute = device.type != 'cpu'
+    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)
+                if field.name != 'recompute'}
+    recipe = {key: getattr(c, key) for key in defaults} | {
+        'sha256': data.meta['sha256'][:8], 'train_tokens': data.meta['train_tokens'],
+        'val_tokens': data.meta['val_tokens'], 'device': device.type,
+        'processor': processor_name(device), 'torch': str(torch.__version__), **HASHES}
+    if not checkpoint:
+        return recipe
 
-
-def shape_of(config, device, data):
-    """What shapes the result of a run: its recipe, the data, the kind of device and the code. Runs
-    that are equal in it, but for the seed, are seeds of one another."""
-    return {**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)},
-            'sha256': data.meta['sha256'][:8], 'tokenizer': data.tokenizer, 'device': device.type,
-            'torch': str(torch.__version__), 'model.py': MODEL_HASH}
-
-
-def refuse_another_shape(config, shape, before):
-    """Raise UserError where a run goes on with another recipe or other data than in `before`, its
-    checkpoint, unless it is only evaluated. Returns its shape: with other code, of both codes."""
-    path, shape = config.path('ckpt.pt'), dict(shape)
-    was = {field.name: field.default for field in dataclasses.fields(Recipe)} | before['shape']
-    for key in CODE:
-        if not was.get(key, '').endswith(shape[key]):
-            tqdm.write(f'{config.folder}: {key} is {shape[key]} now, and was {was.get(key)}')
-            was[key] = f'{was.get(key)} then {shape[key]}'
-        shape[key] = was[key]
-    differ = [f'{key} = {was.get(key)} and not {shape.get(key)}'
-              for key in was | shape if was.get(key) != shape.get(key)]
-    if differ and (not config.eval_only or was['tokenizer'] != shape['tokenizer']):
-        raise UserError(f'{path}: expected what it was trained with, {", ".join(differ)}; '
+    was = defaults | was                                           # of before a key was there
+    for key in MAY_CHANGE:
+        if was[key].split(' then ')[-1] != recipe[key]:
+            tqdm.write(f'{c.folder}: {key} is {recipe[key]} now, and was {was[key]}')
+            was[key] = f'{was[key]} then {recipe[key]}'
+        recipe[key] = was[key]
+    differ = [key for key in was | recipe if was.get(key) != recipe.get(key)]
+    if checkpoint['meta']['vocabulary'] != data.meta['vocabulary'] or differ and not c.eval_only:
+        told = ', '.join(f'{key} = {was.get(key)} and not {recipe.get(key)}' for key in differ)
+        raise UserError(f'{c.path("ckpt.pt")}: expected what it was trained with, {told}; '
                         'leave it so, or train anew with --name=')
-    if config.max_iters < before['at']['iter'] and not config.eval_only:
-        raise UserError(f'max_iters: expected at least the {before["at"]["iter"]} iterations that '
-                        f'{path} has, got {config.max_iters}; --name= trains anew')
-    return shape
+    for key in differ:
+        tqdm.write(f'{c.folder}: evaluated with {key} = {recipe.get(key)}, trained with '
+                   f'{was.get(key)}')
+    if not c.eval_only:
+        expect(c, 'max_iters', f'at least the {checkpoint["iter"]} iterations that {c.folder} has '
+               '(--name= trains anew)', lambda n: n >= checkpoint['iter'])
+    return recipe
 
 
-def save(config, file, model, data, shape, **more):
-    content = {'model': model.state_dict(), 'meta': data.meta, 'shape': shape, **more}
+def save(config, file, model, data, recipe, **more):
+    content = {'model': model.state_dict(), 'meta': data.meta, 'recipe': recipe, **more}
     with replacing(config.path(file)) as part:
         torch.save(content, part)
 
 
-def load_checkpoint(path, device, *more):
-    """What `save` has written, with the keys `more` in it. Nothing in the file can run code."""
+def load_checkpoint(path, device, *required):
+    """What `save` has written, with the keys `required` in it. Nothing in the file can run code."""
     if not os.path.exists(path):
         raise UserError(f'expected a checkpoint, got no file {path}; train one with train.py')
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        whole = all(isinstance(checkpoint[key], dict) for key in ('model', 'meta', 'shape', *more))
+        whole = all(isinstance(checkpoint[key], dict)
+                    for key in ('model', 'meta', 'recipe', *required))
     except Exception:                    # torch.load has many ways to find a file damaged
         whole = False
     if not whole:
         raise UserError(f'{path}: expected a checkpoint of this train.py, got a damaged or foreign '
                         'file; --name= trains anew, beside it')
     return checkpoint
+
+
+def load_state(model, optimizer, scaler, checkpoint, path):
+    load_weights(model, checkpoint, path)
+    try:
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        scaler.load_state_dict(checkpoint['scaler'])
+        if {key for state in optimizer.state.values() for key in state} - {
+                'step', 'exp_avg', 'exp_avg_sq'}:
+            raise ValueError
+    except (ValueError, KeyError, RuntimeError):
+        raise UserError(f'{path}: expected the state of this train.py\'s optimizer, got that of '
+                        'another; train anew with --name=') from None
 
 
 def load_weights(model, checkpoint, path):
@@ -544,12 +583,22 @@ def load_weights(model, checkpoint, path):
                         'model.py, got others') from None
 
 
-def write_config(config, about, **more):
-    write_text(config.path('config.json'), json.dumps(about | more, indent=1))
+def load_model(folder, device):
+    """The best model of the run in folder, its tokenizer's meta, and the dtype it trained in."""
+    path = os.path.join(folder, 'best.pt')
+    checkpoint = load_checkpoint(path, device)
+    recipe, keys = checkpoint['recipe'], {field.name for field in dataclasses.fields(GPTConfig)}
+    model = GPT(GPTConfig(**{key: recipe[key] for key in keys & recipe.keys()}))
+    load_weights(model, checkpoint, path)
+    return model.eval().to(device), checkpoint['meta'], getattr(torch, recipe['dtype'])
+
+
+def write_config(config, facts, **more):
+    write_text(config.path('config.json'), json.dumps(facts | more, indent=1))
 
 
 def as_lines(entries):
-    return ''.join(json.dumps(entry) + '\n' for entry in entries)
+    return ''.join(json.dumps(entry, allow_nan=False) + '\n' for entry in entries)
 
 
 def read_log(path):
@@ -559,7 +608,7 @@ def read_log(path):
 
 def make_folder(config):
     """Make the folder of a run, for this process alone, and clear it of what a killed one left
-    half-written. Returns the open file that holds the lock."""
+    half-written. Returns the open file that holds the lock; None if another process has it."""
     try:
         os.makedirs(config.folder, exist_ok=True)
         lock = open(config.path('.lock'), 'w')
@@ -570,8 +619,7 @@ def make_folder(config):
         if fcntl and RANK == 0:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f'{config.folder}: expected to be alone with this run, got another process '
-                        'that trains it') from None
+        return None
     except OSError:                      # a file system without locks
         pass
     for file in os.listdir(config.folder):
@@ -580,25 +628,80 @@ def make_folder(config):
     return lock
 
 
+def refuse_to_overwrite(runs):
+    """Refuse, with a UserError, to write over a run, or to go on where there is none."""
+    config, any_there = runs[0], False
+    for run in runs:
+        files = [f for f in ('ckpt.pt', 'best.pt', 'log.jsonl') if os.path.exists(run.path(f))]
+        if not files:
+            continue
+        any_there = True
+        if config.init_from == 'scratch' and not config.eval_only:
+            raise UserError(f'{run.folder}: expected a new folder, got one that holds a run; '
+                            '--init_from=resume goes on with it, --name= or --out_dir= keeps it')
+        if 'ckpt.pt' not in files:
+            raise UserError(f'{run.folder}: expected its ckpt.pt to go on from, got a run without; '
+                            '--name= trains anew, beside it')
+    if not any_there and (config.init_from == 'resume' or config.eval_only):
+        raise UserError(f'{config.path("ckpt.pt")}: expected a checkpoint to go on from, got no '
+                        'such file; train first, without --init_from=resume')
+
+
 # -----------------------------------------------------------------------------
 # the machine
 
 def choose_device(name):
     """A torch.device that is there; 'auto' takes the fastest. Raises UserError."""
-    there = ['cuda'] if torch.cuda.is_available() else []
-    version = tuple(int(part) for part in torch.__version__.split('.')[:2])
-    if torch.backends.mps.is_available() and version >= (2, 14):   # before, its attention is wrong:
-        there.append('mps')                                        # PyTorch issues 174861, 195910
-    there.append('cpu')
-    kind, _, index = name.replace('auto', there[0]).partition(':')
-    known = not index or index.isdigit() and int(index) < torch.cuda.device_count()
-    if kind not in there or not known:
-        raise UserError(f'device: expected auto or one of {", ".join(there)} on this machine, '
-                        f'got {name!r}')
-    if kind == 'cuda' and WORLD_SIZE > 1:
-        index = os.environ['LOCAL_RANK']
-        torch.cuda.set_device(int(index))
-    return torch.device(f'{kind}:{index}' if index else kind)
+    if name == 'auto':
+        version = tuple(int(part) for part in torch.__version__.split('.')[:2])
+        name = 'cpu'
+        if torch.backends.mps.is_available() and version >= (2, 14):   # before, its attention is
+            name = 'mps'                                           # wrong: issues 174861, 195910
+        if torch.cuda.is_available():
+            name = 'cuda'
+    if name == 'cuda' and WORLD_SIZE > 1:
+        name = f'cuda:{os.environ["LOCAL_RANK"]}'
+        torch.cuda.set_device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:   # not there, or unknown
+        raise UserError(f'device: expected auto or one of this machine, got {name!r}: '
+                        f'{str(error).splitlines()[0]:.80}') from None
+    if device.type not in ('cpu', 'cuda', 'mps'):
+        raise UserError(f'device: expected auto, cuda, mps or cpu, got {name!r}')
+    return device
+
+
+def processor_name(device):
+    """What computes: the same settings end some 0.006 apart on two kinds of CPU."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(ValueError, KeyError):                # Linux says more
+        lines = read_text('/proc/cpuinfo').partition('\n\n')[0].splitlines()
+        info = dict(map(str.strip, line.split(':', 1)) for line in lines)
+        name = f'{info["model name"]} ({info["cpu family"]}/{info["model"]})'
+    return f'{name} {torch.backends.cpu.get_cpu_capability()}'
+
+
+def cores():
+    """How many this process may use: under taskset and in a container, too."""
+    n = os.cpu_count()
+    if hasattr(os, 'sched_getaffinity'):                           # Linux
+        n = len(os.sched_getaffinity(0))
+    quota, _, period = read_text('/sys/fs/cgroup/cpu.max').partition(' ')
+    return max(1, min(n, math.ceil(int(quota) / int(period)) if quota.isdigit() else n))
+
+
+def free_memory():
+    """Bytes that this process and its children may still take; infinite where nobody tells."""
+    free = math.inf
+    for line in read_text('/proc/meminfo').splitlines():           # Linux
+        if line.startswith('MemAvailable:'):
+            free = 1024 * int(line.split()[1])
+    most = read_text('/sys/fs/cgroup/memory.max').strip()          # of a container
+    return min(free, int(most)) if most.isdigit() else free
 
 
 def fast_dtype(config, device):
@@ -606,36 +709,26 @@ def fast_dtype(config, device):
     if device.type == 'cuda':            # T4 and V100 have float16 alone
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return 'bfloat16' if native else 'float16'
+    if device.type != 'cpu' or WORLD_SIZE > 1:                     # a trial is for one process
+        return 'float32'
     # an expert's matmuls, but none so small that its time is all overhead
     rows = max(256, config.batch_size * config.block_size * config.top_k // config.n_expert)
     D, d = max(96, config.n_embd), max(384, config.d_ffn)
-    fast = device.type == 'cpu' and bfloat16_gain(rows, D, d) > 1.2
-    return 'bfloat16' if any_process(fast) else 'float32'          # all with the same
+    return 'bfloat16' if bfloat16_gain(rows, D, d) > 1.2 else 'float32'
 
 
 @functools.cache
 def bfloat16_gain(rows, D, d):
     """How many times as fast as in float32 this CPU multiplies an expert's matrices in bfloat16,
-    forward and backward, by turns for 0.3 seconds. Not every processor that has it is fast."""
-    seconds = {torch.float32: [], torch.bfloat16: []}
-    until = time.perf_counter() + 0.3
-    while time.perf_counter() < until or len(seconds[torch.bfloat16]) < 5:
-        for dtype, times in seconds.items():
-            x, w, dy = (torch.ones(size, dtype=dtype) for size in ((rows, D), (D, d), (rows, d)))
-            start = time.perf_counter()
-            x @ w, dy @ w.T, x.T @ dy
-            times.append(time.perf_counter() - start)
-    gain = statistics.median(seconds[torch.float32]) / statistics.median(seconds[torch.bfloat16])
+    forward and backward. Not every processor that has it is fast."""
+    def seconds(dtype):
+        x, w, dy = (torch.ones(size, dtype=dtype) for size in ((rows, D), (D, d), (rows, d)))
+        timer = Timer('x @ w, dy @ w.T, x.T @ dy', globals={'x': x, 'w': w, 'dy': dy},
+                      num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=0.15).median
+    gain = seconds(torch.float32) / seconds(torch.bfloat16)
     tqdm.write(f'dtype: this CPU multiplies {gain:.2g} times as fast in bfloat16 as in float32')
     return gain
-
-
-def tell_if_busy(log):
-    """One line, after the first steps, where more threads run than there are cores: all crawl."""
-    load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else 0  # not on Windows
-    if len(log) == 2 and load > os.cpu_count() + 1:
-        tqdm.write(f'busy: {load:.1f} threads for {os.cpu_count()} cores; best is a process a '
-                   'core, --threads=1')
 
 
 def keep_freed_memory():
@@ -649,77 +742,303 @@ def keep_freed_memory():
         mallopt(M_TOP_PAD, 64 * 2**20)
 
 
-def any_process(flag):
-    """Whether the flag is set in any process of torchrun; all have to ask, and wait for all."""
-    if WORLD_SIZE == 1:
-        return flag
-    flags = [None] * WORLD_SIZE
-    dist.all_gather_object(flags, flag)
-    return any(flags)
+# -----------------------------------------------------------------------------
+# runs side by side: the matmuls of a small model are too small for two threads, so on a CPU a core
+# trains a run of its own. The first process alone writes to the terminal; the others send it what
+# train() prints, and what its progress bar does.
+
+class Stop:
+    """Whether to end, and save: once Ctrl-C or SIGTERM came, or the first process is gone."""
+
+    def __init__(self):
+        self.flag = multiprocessing.get_context('spawn').RawValue('b', 0)      # seen by all
+
+    def set(self, signal_number=signal.SIGINT):
+        self.flag.value = signal_number
+
+    def is_set(self):
+        parent = multiprocessing.parent_process()
+        return bool(self.flag.value) or parent is not None and not parent.is_alive()
 
 
-def leave_together(status):
-    """End the processes of torchrun, none while another still needs it. At once: threads of gloo
-    may still ask for Python when it shuts down, and then abort the process (one time in ten)."""
-    any_process(False)
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+class Sender:
+    """In a process of its own, sys.stdout and the progress bar: both send to the first process."""
+
+    def __init__(self, connection):
+        self.connection, self.text = connection, ''
+
+    def send(self, *message):
+        with contextlib.suppress(OSError):                         # it is gone: Stop tells the loop
+            self.connection.send(message)
+
+    def write(self, text):
+        self.text += text
+        if self.text.endswith('\n'):                               # whole lines
+            self.send('write', self.text)
+            self.text = ''
+
+    def flush(self):
+        pass
+
+    def bar(self, **facts):
+        self.send('bar', facts)
+        return self
+
+    def set_postfix_str(self, text, refresh):
+        self.send('set_postfix_str', text, refresh)
+
+    def update(self, tokens):
+        self.send('update', tokens)
+
+    def close(self):
+        self.send('close')
+
+
+def train_apart(config, stop, connection):
+    """train() in a process of its own."""
+    sys.stdout = sender = Sender(connection)
+    keep_freed_memory()
+    try:
+        train(config, stop, sender.bar)
+    except UserError as error:
+        sender.send('error', str(error), isinstance(error, Diverged))
+
+
+def train_side_by_side(runs, jobs, stop):
+    """Train runs in processes of their own, `jobs` at once, the longest first. Returns whether one
+    has diverged or was killed; the others go on. Raises UserError for any other error in one of
+    them, when all have ended."""
+    context = multiprocessing.get_context('spawn')                 # the one way on all systems
+    in_notebook = 'JPY_PARENT_PID' in os.environ                   # it can't move the cursor up
+    waiting, at_work = sorted(runs, key=length_of, reverse=True), {}
+    failed, errors = False, []
+    try:
+        while at_work or waiting and not stop.is_set():
+            while waiting and len(at_work) < jobs and not stop.is_set():
+                run, (ours, theirs) = waiting.pop(0), context.Pipe(duplex=False)
+                place = min(set(range(jobs)) - {place for _, _, place, _ in at_work.values()})
+                process = context.Process(target=train_apart, args=(run, stop, theirs))
+                with ignoring_signals():                           # and so does the process
+                    process.start()
+                theirs.close()
+                at_work[ours] = [run, process, place, None]
+            for connection in wait(list(at_work)):
+                run, process, place, bar = at_work[connection]
+                try:
+                    message, *values = connection.recv()
+                except EOFError:                                   # the process has ended
+                    process.join()
+                    del at_work[connection]
+                    if bar is not None:
+                        bar.close()
+                    if process.exitcode:
+                        failed = True
+                        tqdm.write(f'error: {run.folder}: its process ended with exit code '
+                                   f'{process.exitcode}; --init_from=resume goes on with it',
+                                   file=sys.stderr)
+                    continue
+                if message == 'write':
+                    tqdm.write(values[0], end='')
+                elif message == 'bar':
+                    disable = True if in_notebook else values[0]['disable']
+                    facts = values[0] | {'position': place, 'leave': False, 'disable': disable}
+                    at_work[connection][3] = tqdm(**facts)
+                elif message == 'error' and values[1]:             # diverged
+                    failed = True
+                    tqdm.write(f'error: {values[0]}', file=sys.stderr)
+                elif message == 'error':
+                    errors.append(values[0])
+                    stop.set()
+                else:                                              # what its bar does
+                    getattr(bar, message)(*values)
+    finally:
+        for _, process, _, _ in at_work.values():                  # after a second Ctrl-C
+            process.kill()
+    if errors:
+        raise UserError(errors[0])
+    return failed
+
+
+@contextlib.contextmanager
+def ignoring_signals():
+    before = {name: signal.signal(name, signal.SIG_IGN) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def length_of(config):
+    """How long a run takes, roughly, to compare it with others."""
+    c, per_flop = config, {'dense': 1, 'moe': 1.4, 'aoe': 1.6}     # on a CPU, at our sizes
+    return (c.max_iters * c.gradient_accumulation_steps * c.batch_size * c.block_size * c.n_layer
+            * c.n_embd * c.top_k * c.d_ffn * per_flop[c.mlp])
+
+
+def memory_of(config):
+    """Bytes that a run takes, roughly: PyTorch, a weight's four numbers, what backward needs."""
+    c = config
+    weights = 3 * c.n_layer * c.n_expert * c.n_embd * c.d_ffn
+    return 4e8 + 16 * weights + 400 * c.batch_size * c.block_size * c.n_layer * c.n_embd
+
+
+def share_the_machine(runs):
+    """How many of the runs to train at once; decides their threads, and their dtype if it is auto:
+    a trial is right as long as nothing else runs."""
+    c, on_cpu = runs[0], choose_device(runs[0].device).type == 'cpu'
+    room = free_memory() / max(map(memory_of, runs))
+    jobs = c.jobs or (int(max(1, min(cores(), room))) if on_cpu else 1)
+    jobs = 1 if c.eval_only or WORLD_SIZE > 1 else min(jobs, len(runs))
+    if jobs > 1:
+        for run in runs:
+            run.threads = run.threads or max(1, cores() // jobs)
+            if run.dtype == 'auto' and not os.path.exists(run.path('ckpt.pt')):
+                torch.set_num_threads(run.threads)
+                run.dtype = fast_dtype(run, choose_device(run.device))
+    return jobs
 
 
 # -----------------------------------------------------------------------------
-# comparing the runs of an out_dir
+# results: what runs have left behind, read, brought together by seeds, in a table and in pictures
 
-# Okabe and Ito's palette
-COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
+def read_result(folder):
+    """What the run in folder has come to: its config.json, its last evaluation, its lowest loss,
+    and its log."""
+    facts = json.loads(read_text(os.path.join(folder, 'config.json')))
+    log = read_log(os.path.join(folder, 'log.jsonl'))
+    lowest = min(entry['val_loss'] for entry in log)
+    return checked({'run': facts['name'], **facts, 'lowest_val_loss': lowest, **log[-1],
+                    'log': log})
 
 
-def find_runs(out_dir):
-    """What the runs in out_dir have logged: name -> [(config.json, log)], one for each seed. Seeds
-    stand together where all that shaped them is equal and they are equally far; others have names
-    that say what differs. What cannot be read is told of and left out."""
-    groups = {}                          # facts as text -> (facts, {seed: (config, log)})
-    for folder in sorted(os.listdir(out_dir)):
-        if not os.path.exists(os.path.join(out_dir, folder, 'config.json')):
-            continue
-        try:
-            config = json.loads(read_text(os.path.join(out_dir, folder, 'config.json')))
-            log = read_log(os.path.join(out_dir, folder, 'log.jsonl'))
-            facts = {'name': config['name'], **config['shape'], 'seed': None,
-                     'iter': log[-1]['iter'], 'diverged': config.get('diverged')}
-            # what pictures and table need; a KeyError leaves the run out
-            [config[key] for key in ('total_parameters', 'active_parameters', 'seed')]
-            [log[-1][key] for key in ('load', 'ent_load', 'ent_conf', 'norm', 'class_load')]
-            [(entry['tokens'], entry['seconds'], entry['val_loss'] + 0.0) for entry in log]
-            _, seeds = groups.setdefault(json.dumps(facts, sort_keys=True), (facts, {}))
-            seeds[config['seed']] = config, log                    # a seed counts once
-        except (ValueError, TypeError, KeyError, IndexError, OSError) as error:
-            tqdm.write(f'{folder} is left out: {error!r:.60}')
+def checked(result):
+    """result, if all is in it that tables need. Raises KeyError, TypeError or ValueError if not."""
+    for entry in (result, *result.get('log', ())):
+        numbers = [entry[key] for key in ('iter', 'tokens', 'seconds', 'val_loss')]
+        if not all(math.isfinite(number) for number in numbers):
+            raise ValueError(f'not finite: {numbers}')
+        list(map(len, (entry['ent_load'], entry['ent_conf'], entry['norm'])))
+    if not (math.isfinite(result['lowest_val_loss']) and isinstance(result['run'], str)
+            and isinstance(result['seed'], int) and result['recipe']['mlp']):
+        raise ValueError('no result')
+    return result
+
+
+def read_results(path):
+    """The results of all runs in an out_dir, without those that can't be read, which it tells; or
+    of all lines of a results.jsonl, which have no log. Raises UserError where it is neither."""
+    results = []
+    if os.path.isdir(path):
+        for folder in sorted(os.listdir(path)):
+            folder = os.path.join(path, folder)
+            try:
+                if os.path.exists(os.path.join(folder, 'config.json')):
+                    results.append(read_result(folder))
+            except (ValueError, TypeError, KeyError, IndexError, OSError) as error:
+                tqdm.write(f'{folder} is left out: {error!r:.60}')
+    else:
+        for number, line in enumerate(read_text(path).splitlines(), 1):
+            try:
+                results.append(checked(json.loads(line)))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise UserError(f'{path}, line {number}: expected a line of a results.jsonl of '
+                                f'train.py, got {error!r:.60}') from None
+    if not results:
+        raise UserError(f'{path}: expected an out_dir with runs, or a results.jsonl of train.py, '
+                        'got neither')
+    return results
+
+
+def group(results):
+    """Run -> {seed: result}. Seeds stand together where all else that shaped them is equal and they
+    are equally far; other runs of the same name get what differs as part of their name, such as
+    'aoe (top_k 1)'. Raises UserError for one seed of one run twice."""
+    groups = {}                          # name and facts as text -> (name, facts, {seed: result})
+    for result in results:
+        facts = result['recipe'] | {'seed': None, 'iter': result['iter']}
+        if 'diverged' in result:
+            facts['diverged at'] = result['diverged']
+        key = result['run'] + json.dumps(facts, sort_keys=True)
+        _, _, seeds = groups.setdefault(key, (result['run'], facts, {}))
+        if result['seed'] in seeds:
+            raise UserError(f'expected each run once, got {result["run"]!r}, seed '
+                            f'{result["seed"]}, again')
+        seeds[result['seed']] = result
     runs = {}
-    for facts, seeds in groups.values():
-        others = [other for other, _ in groups.values() if other['name'] == facts['name']]
+    for name, facts, seeds in groups.values():
+        others = [other for another, other, _ in groups.values() if another == name]
         differ = [f'{key} {value}' for key, value in facts.items()
-                  if any(other.get(key) != value for other in others)]
-        label = facts['name'] + (f' ({", ".join(differ)})' if differ else '')
-        while label in runs:             # 0.0 and -0.0
-            label += "'"
-        runs[label] = list(seeds.values())
+                  if key == 'diverged at' or any(other.get(key) != value for other in others)]
+        runs[name + (f' ({", ".join(differ)})' if differ else '')] = seeds
     return runs
 
 
+def losses_of(seeds, key='lowest_val_loss'):
+    return [result[key] for result in seeds.values()]
+
+
+def mean_and_spread(values, form='.4f'):
+    """As text: the mean, and the standard deviation where there are several."""
+    spread = f' ± {format(statistics.stdev(values), form)}' if len(values) > 1 else ''
+    return format(statistics.mean(values), form) + spread
+
+
+def print_rows(rows):
+    """Rows of strings as a table, in the form of Markdown: numbers flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = [rows[0], ['-' * width for width in widths], *rows[1:]]
+    for first, *others in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:]))]
+        print('| ' + ' | '.join(cells) + ' |')
+
+
+def print_table(out_dir):
+    """The runs of out_dir side by side; where a run has several seeds, mean and standard deviation.
+    The last evaluation of each run goes to results.jsonl."""
+    runs, lines = group(read_results(out_dir)), []
+    table, notes = [('run', 'parameters', 'active', 'val loss', 'Ent_load', 'tokens/s')], []
+    for name, seeds in runs.items():
+        first, *_ = results = list(seeds.values())
+        ent_load = [statistics.mean(result['ent_load']) for result in results if result['ent_load']]
+        speeds = [result['tokens'] / result['seconds'] for result in results if result['seconds']]
+        table.append((name, f'{first["total_parameters"]:,}', f'{first["active_parameters"]:,}',
+                      'diverged' if 'diverged' in first else mean_and_spread(losses_of(seeds)),
+                      f'{statistics.mean(ent_load):.3f}' if ent_load else '-',
+                      f'{statistics.median(speeds):,.0f}' if speeds else '-'))
+        last, lowest = (statistics.mean(losses_of(seeds, key)) for key in ('val_loss',
+                                                                           'lowest_val_loss'))
+        if last > 1.02 * lowest:
+            notes.append(f'{name} ended at {last:.4f}, above its lowest')
+        lines += [{key: value for key, value in result.items()
+                   if key not in ('name', 'log', 'class_load')} for result in results]
+    print()
+    print_rows(table)
+    print(f'\nval loss: the lowest; Ent_load: ln E where all is even; pictures in {out_dir}')
+    print(''.join(f'{note}\n' for note in notes), end='')
+    write_text(os.path.join(out_dir, 'results.jsonl'), as_lines(lines))
+
+
+# Okabe and Ito's palette; a variant has the same colour in all pictures
+COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000']
+COLOR_OF = {'dense': '#000000', 'moe': '#0072B2', 'aoe': '#D55E00', 'aoe_whole': '#009E73'}
+
+
+def colors_of(names):
+    others = [color for color in COLORS if color not in {COLOR_OF.get(name) for name in names}]
+    rest = [name for name in names if name not in COLOR_OF]
+    return COLOR_OF | {name: others[i % len(others)] for i, name in enumerate(rest)}
+
+
 def draw(out_dir, files=None):
-    """Draw pictures of all runs in out_dir, all of DRAWN or these files of it. What hinders is told
-    in a line, and stops nobody."""
-    plt, runs = pyplot(), None
-    for file in files or DRAWN:
+    """Draw pictures of all runs in out_dir, all of PICTURES or these files of it. What hinders is
+    told in a line, and stops nobody."""
+    for file in files or PICTURES:
         try:
-            runs = runs or find_runs(out_dir)
-            color = {name: COLORS[i % len(COLORS)] for i, name in enumerate(runs)}
-            figure = DRAWN[file](plt, runs, color)
+            runs = group(read_results(out_dir))
+            figure = PICTURES[file](pyplot(), runs, colors_of(runs))
             if figure:
                 save_figure(figure, os.path.join(out_dir, file))
-                plt.close(figure)
         except Exception as error:       # a picture is never worth a run
             tqdm.write(f'{file} is not drawn: {(str(error).splitlines() or [repr(error)])[0]}')
 
@@ -737,48 +1056,41 @@ def save_figure(figure, path):
     dpi = min(100, 2400 / max(figure.get_size_inches()))
     with replacing(path) as part:
         figure.savefig(part, format='png', dpi=dpi)
+    pyplot().close(figure)
 
 
 def draw_loss(plt, runs, color):
     """Validation loss over iterations, and over seconds: of each run the mean of its seeds, in a
-    band of them all."""
+    band of them all, with its name at the end of the line."""
     figure, panels = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout='constrained')
-    later = []                           # the first evaluation, of no training, may lie outside
+    ends, without_first = [], []         # the first evaluation, of no training, may lie outside
     for i, (name, seeds) in enumerate(runs.items()):
-        logs = [{entry['iter']: entry for entry in log} for _, log in seeds]
+        logs = [{entry['iter']: entry for entry in result['log']} for result in seeds.values()]
         iterations = sorted(set.intersection(*map(set, logs)))     # where all seeds were evaluated
-        points = [[log[iteration]['val_loss'] for log in logs] for iteration in iterations]
+        points = [[log[n]['val_loss'] for log in logs] for n in iterations]
         seconds = [statistics.mean(log[n]['seconds'] for log in logs) for n in iterations]
-        label = f'{name} {statistics.mean(lowest(seeds)):.4f}'
-        label += f', mean of {len(seeds)} seeds' if len(seeds) > 1 else ''
+        means = [statistics.mean(losses) for losses in points]
+        loss = f'{name} {statistics.mean(losses_of(seeds)):.4f}'
+        loss += f', {len(seeds)} seeds' if len(seeds) > 1 else ''
         for axes, x in zip(panels, (iterations, seconds)):
-            axes.plot(x, [statistics.mean(p) for p in points], color=color[name], marker='.',
-                      linestyle=('-', '--', ':')[i // len(COLORS) % 3], label=label)
-            axes.fill_between(x, [min(p) for p in points], [max(p) for p in points],
-                              color=color[name], alpha=0.2)
-        later += [loss for p in points[1:] or points for loss in p]
-    panels[0].set_ylim(min(later) - 0.05, max(later) + 0.05)
-    panels[0].set(xlabel='iteration', ylabel='validation loss (nats per token)')
-    panels[1].set(xlabel='seconds of training')
+            axes.plot(x, means, color=color[name], marker='.',
+                      linestyle=('-', '--', ':')[i // len(COLORS) % 3])
+            axes.fill_between(x, [min(losses) for losses in points],
+                              [max(losses) for losses in points], color=color[name], alpha=0.2)
+        ends.append((means[-1], color[name], (iterations[-1], loss), (seconds[-1], name)))
+        without_first += [loss for losses in points[1:] or points for loss in losses]
+    low, high = min(without_first) - 0.05, max(without_first) + 0.05
+    panels[0].set(title='same tokens', xlabel='iteration', ylim=(low, high),
+                  ylabel='validation loss (nats per token)')
+    panels[1].set(title='same seconds', xlabel='seconds of training')
+    y = -math.inf
+    for end, its_color, *labels in sorted(ends):                   # from below, none on another
+        y = max(end, y + 0.04 * (high - low))
+        for axes, (x, text) in zip(panels, labels):
+            axes.annotate(text, (x, y), (6, 0), textcoords='offset points', color=its_color,
+                          fontsize=9, va='center', annotation_clip=False)
     for axes in panels:
         axes.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside right upper')
-    return figure
-
-
-def draw_final_loss(plt, runs, color):
-    """The lowest validation loss of each run: seeds as points, mean and deviation as a bar."""
-    figure, axes = plt.subplots(figsize=(8, 1 + 0.35 * len(runs)), layout='constrained')
-    for y, (name, seeds) in enumerate(runs.items()):
-        losses = lowest(seeds)
-        spread = statistics.stdev(losses) if len(losses) > 1 else 0
-        axes.errorbar(statistics.mean(losses), y, xerr=spread, color=color[name], marker='|',
-                      capsize=4)
-        axes.plot(losses, [y] * len(losses), '.', color=color[name], alpha=0.5)
-    axes.set_yticks(range(len(runs)), runs)
-    axes.invert_yaxis()
-    axes.set(xlabel='lowest val_loss (nats per token)', title='Seeds, mean, standard deviation')
-    axes.grid(alpha=0.3)
     return figure
 
 
@@ -786,7 +1098,8 @@ def draw_layers(key, draw_panel, label):
     """A function that draws a row for each run that has logged `key` (its first seed), in it a
     panel for each layer, by draw_panel(axes, log, layer, color)."""
     def draw_figure(plt, runs, color):
-        logs = {name: seeds[0][1] for name, seeds in runs.items() if any(seeds[0][1][-1][key])}
+        logs = {name: next(iter(seeds.values()))['log'] for name, seeds in runs.items()}
+        logs = {name: log for name, log in logs.items() if any(log[-1][key])}
         if not logs:
             return None
         n_layer = max(len(log[-1][key]) for log in logs.values())
@@ -795,10 +1108,13 @@ def draw_layers(key, draw_panel, label):
                                       layout='constrained')
         for row, (name, log) in zip(panels, logs.items()):
             for layer, axes in enumerate(row):
-                axes.set_visible(layer < len(log[-1][key]))
-                if layer < len(log[-1][key]):
-                    axes.set_title(f'{name}, layer {layer + 1}', fontsize=9)
-                    draw_panel(axes, log, layer, color[name])
+                if layer >= len(log[-1][key]):
+                    axes.set_visible(False)
+                    continue
+                axes.set_title(f'{name}, layer {layer + 1}', fontsize=9)
+                image = draw_panel(axes, log, layer, color[name])
+        if image is not None:
+            figure.colorbar(image, ax=panels, shrink=0.6)
         figure.supxlabel(label, fontsize=9)
         return figure
     return draw_figure
@@ -821,124 +1137,70 @@ def draw_norm(axes, log, layer, color):
 
 def draw_class(axes, log, layer, color):
     """Who takes what: the share of each class of characters that each expert handled."""
-    axes.imshow(log[-1]['class_load'][layer], cmap='cividis', vmin=0, vmax=1, aspect='auto')
     axes.set_yticks(range(len(CLASSES)), CLASSES, fontsize=8)
+    return axes.imshow(log[-1]['class_load'][layer], cmap='cividis', vmin=0, vmax=1, aspect='auto')
 
 
-DRAWN = {
+PICTURES = {
     'loss.png': draw_loss,
-    'final_loss.png': draw_final_loss,
     'expert_load.png': draw_layers('load', draw_load, 'expert; dashed: 1/E'),
     'norm.png': draw_layers('norm', draw_norm, 'iteration; a line: the mean norm of an expert'),
-    'expert_class.png': draw_layers('class_load', draw_class, 'expert; dark: 0, bright: all'),
+    'expert_class.png': draw_layers('class_load', draw_class,
+                                    'expert; how much of a class of characters it handles'),
 }
 
 
-def lowest(seeds):
-    """The lowest validation loss of each seed, of [(config, log)]."""
-    return [min(entry['val_loss'] for entry in log) for _, log in seeds]
-
-
-def print_rows(rows):
-    """Rows of strings as a table, in the form of Markdown: numbers flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows = [rows[0], ['-' * width for width in widths], *rows[1:]]
-    for first, *others in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:]))]
-        print('| ' + ' | '.join(cells) + ' |')
-
-
-def mean_and_spread(values, form='.4f'):
-    """As text: the mean, and the standard deviation where there are several."""
-    spread = f' ± {format(statistics.stdev(values), form)}' if len(values) > 1 else ''
-    return format(statistics.mean(values), form) + spread
-
-
-def print_table(out_dir):
-    """The runs of out_dir side by side; where a run has several seeds, mean and standard deviation.
-    What it stands on, the last evaluation of each run, goes to results.jsonl."""
-    runs, results = find_runs(out_dir), []
-    table = [('run', 'parameters', 'active', 'val loss', 'Ent_load', 'tokens/s')]
-    for name, seeds in runs.items():
-        config = seeds[0][0]
-        ent_load = [statistics.mean(log[-1]['ent_load']) for _, log in seeds if log[-1]['ent_load']]
-        speeds = [(b['tokens'] - a['tokens']) / (b['seconds'] - a['seconds'])
-                  for _, log in seeds for a, b in zip(log, log[1:])]
-        diverged = f'diverged at {config["diverged"]:,}' if config.get('diverged') else None
-        table.append((name, f'{config["total_parameters"]:,}', f'{config["active_parameters"]:,}',
-                      diverged or mean_and_spread(lowest(seeds)),
-                      f'{statistics.mean(ent_load):.3f}' if ent_load else '-',
-                      f'{statistics.median(speeds):,.0f}' if speeds else '-'))
-        for (config, log), loss in zip(seeds, lowest(seeds)):
-            last = {key: value for key, value in log[-1].items() if key != 'class_load'}   # long
-            results.append({'run': name, 'seed': config['seed'], 'lowest_val_loss': loss, **last,
-                            'shape': config['shape']})
-    print()
-    print_rows(table)
-    print(f'\nval loss: the lowest; Ent_load: ln E where all is even; pictures in {out_dir}')
-    write_text(os.path.join(out_dir, 'results.jsonl'), as_lines(results))
-
-
 # -----------------------------------------------------------------------------
-
-def refuse_to_overwrite(runs):
-    """Refuse, with a UserError, to write over a run, or to go on where there is none."""
-    config, there = runs[0], []
-    for run in runs:
-        files = [f for f in ('ckpt.pt', 'best.pt', 'log.jsonl') if os.path.exists(run.path(f))]
-        there += files and [run]
-        if files and config.init_from == 'scratch' and not config.eval_only:
-            raise UserError(f'{run.folder}: expected a new folder, got one that holds a run; '
-                            '--init_from=resume goes on with it, --name= or --out_dir= keeps it')
-        if files and files[0] != 'ckpt.pt':
-            raise UserError(f'{run.folder}: expected its ckpt.pt to go on from, got a run without; '
-                            '--name= trains anew, beside it')
-    if not there and (config.init_from == 'resume' or config.eval_only):
-        raise UserError(f'{config.path("ckpt.pt")}: expected a checkpoint to go on from, got no '
-                        'such file; train first, without --init_from=resume')
-
 
 def main(arguments):
     from_line, files = parse(TrainConfig, arguments, __doc__)
     from_file = {}
     for file in files:
         from_file |= read_config_file(TrainConfig, file)
-    runs = plan_runs(from_file, from_line)
-    config, failed = runs[0], []
+    runs, stop, failed = plan_runs(from_file, from_line), Stop(), False
+    c = runs[0]
     if RANK == 0:
         refuse_to_overwrite(runs)
     keep_freed_memory()
-    if WORLD_SIZE > 1:
+    if WORLD_SIZE > 1:                   # here Ctrl-C ends at once; ckpt.pt is there to go on from
         dist.init_process_group()
-    if RANK > 0:
-        sys.stdout = open(os.devnull, 'w')
+        sys.stdout = open(os.devnull, 'w') if RANK else sys.stdout
+    else:
+        stop_on_signals(stop)
 
-    stop = threading.Event()
-
-    def on_ctrl_c(*_):
-        stop.set()                                                 # end between two iterations;
-        signal.signal(signal.SIGINT, signal.default_int_handler)   # a second Ctrl-C ends at once
-    signal.signal(signal.SIGINT, on_ctrl_c)
-
-    for run in runs:
+    jobs = share_the_machine(runs)
+    if jobs > 1:
+        failed = train_side_by_side(runs, jobs, stop)
+    for run in runs if jobs == 1 else ():
         try:
             train(run, stop)
         except Diverged as error:                                  # the others go on
-            failed.append(run.name)
+            failed = True
             tqdm.write(f'error: {error}', file=sys.stderr)
-        if any_process(stop.is_set()):
-            stop.set()                                             # in every process
-            again = [argument for argument in arguments if not argument.startswith('--init_from=')]
-            print('\nstopped and saved; to go on: '
-                  f'python train.py {shlex.join(again)} --init_from=resume')
+        if stop.is_set():
             break
-    if RANK == 0 and not config.eval_only and not stop.is_set():
-        draw(config.out_dir)
-        print_table(config.out_dir)
-    status = 130 if stop.is_set() else 1 if failed else 0
+    if stop.is_set():
+        again = [argument for argument in arguments if not argument.startswith('--init_from=')]
+        print('\nstopped and saved; to go on: '
+              f'python train.py {shlex.join(again)} --init_from=resume')
+        sys.exit(128 + stop.flag.value)
+    if RANK == 0 and not c.eval_only:
+        draw(c.out_dir)
+        print_table(c.out_dir)
     if WORLD_SIZE > 1:
-        leave_together(status)
-    sys.exit(status)
+        dist.destroy_process_group()
+    sys.exit(failed)
+
+
+def stop_on_signals(stop):
+    """Ctrl-C, and the SIGTERM of Slurm and Docker, end between two iterations, saved; a second one
+    ends at once."""
+    def on_signal(number, _):
+        stop.set(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
 
 
 if __name__ == '__main__':
