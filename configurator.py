@@ -19,9 +19,10 @@ import dataclasses
 import difflib
 import errno
 import inspect
+import math
 import os
 import re
-import runpy
+import signal
 import sys
 import textwrap
 import traceback
@@ -29,33 +30,33 @@ import types
 import typing
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake that the user can mend, in one line: what was expected, what came, what to do."""
 
 
 def run(main):
     """Call main(arguments of the command line). What a user can mend ends the program with one line
     and exit status 2: a UserError, too little memory, no room for the output. Ctrl-C ends it with
-    130, and a reader of its output that is gone, as of `| head`, with 141."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors='replace')             # a terminal may lack a character
+    130; that nobody reads its output any more, as after `| head`, with 141 and no line."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)       # scripts import without it
+    sys.stdout = sys.stdout or open(os.devnull, 'w')     # None: closed, as by >&-
+    sys.stderr = sys.stderr or open(os.devnull, 'w')
+    for stream in (sys.stdout, sys.stderr):              # a terminal may lack a character; a line
+        stream.reconfigure(errors='replace', line_buffering=True)  # is written, or fails, at once
     try:
         main(sys.argv[1:])
-        sys.stdout.flush()
     except UserError as error:
         end(f'error: {error}', 2)
     except KeyboardInterrupt:
         end('interrupted', 130)
     except (MemoryError, RuntimeError) as error:         # PyTorch's are RuntimeErrors
-        got = f'{type(error).__name__}: {error}'
-        if not re.search('MemoryError|out of memory|DefaultCPUAllocator', got):
+        if not re.search('MemoryError|out of memory|allocate memory', repr(error)):
             raise
-        end(f'error: expected enough memory, got "{textwrap.shorten(got, 100)}"; try less at once, '
-            'such as a smaller --batch_size or --block_size', 2)
+        end(f'error: expected enough memory, got {error!r:.100}; try a smaller --batch_size', 2)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # for the flush at the end
+        sys.stdout = None                # or Python would flush it once more
         if error.errno == errno.EPIPE:
             sys.exit(141)
         end(f'error: expected room for the output, got "{error.strerror}"; make some', 2)
@@ -78,31 +79,23 @@ def parse(cls, arguments, usage):
         sys.exit(0)
     values, rest = {}, []
     for argument in arguments:
-        if not argument.startswith('-'):
-            rest.append(os.path.expanduser(argument))
-            continue
         key, equals, text = argument.removeprefix('--').partition('=')
-        if not argument.startswith('--') or not equals:
+        if not argument.startswith('-'):
+            rest.append(argument)
+        elif argument.startswith('--') and equals:
+            values[key] = check_type(cls, key, text)
+        else:
             raise UserError(f'expected --key=value, got {argument!r}; --help lists the keys')
-        values[key] = check_type(cls, key, text)
     return values, rest
 
 
-def build(cls, values):
-    """cls(**values), where a ValueError of its checks becomes a UserError."""
-    try:
-        return cls(**values)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
 def expect(config, keys, expected, fits):
-    """Raise ValueError for the first of keys, names in one text, whose value is there and does
-    not fit: fits(value) says so, and `expected` what would."""
-    for key in keys.split():
+    """Raise UserError for the first of keys, a name or a tuple of names, whose value is there (not
+    None) and does not fit: fits(value) says so, and `expected` what would."""
+    for key in (keys,) if isinstance(keys, str) else keys:
         value = getattr(config, key)
         if value is not None and not fits(value):
-            raise ValueError(f'{key}: expected {expected}, got {value!r}')
+            raise UserError(f'{key}: expected {expected}, got {value!r}')
 
 
 def is_folder_name(name):
@@ -111,35 +104,38 @@ def is_folder_name(name):
             and os.path.basename(name) == name)
 
 
-def check_type(cls, key, value, where='--'):
-    """value as the type of key's field: of a text the literal in it, unless a text is expected; an
-    int will do for a float or a tuple, and ~ for the home folder in a path. Raises UserError."""
+def check_type(cls, key, value, where='--', note=''):
+    """value as the type of key's field. A text is read as Python, unless the field is a text:
+
+        int                  '3' -> 3              '3.5', 'x' and True are refused
+        float | None         '1' or 1 -> 1.0       'None' -> None; '1e999' is refused: infinite
+        str                  '3' -> '3'            in a key that ends with _dir: '~' -> your home
+        tuple                '1,2' -> (1, 2)       5 -> (5,); range(2) -> (0, 1)
+        Literal['a', True]   'True' -> True        'b' and 1 are refused
+
+    Raises UserError; where stands before the key, note behind what is said of an unknown one."""
     known = {field.name: field.type for field in dataclasses.fields(cls)}
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
         hint = f'did you mean {near[0]}?' if near else '--help lists the keys'
-        if where.endswith('.py: '):
-            hint += " (a config file's own names begin with _)"
-        raise UserError(f'{where}{key}: no such key; {hint}')
-
-    expected = known[key]
-    options = typing.get_args(expected) or (expected,)
+        raise UserError(f'{where}{key}: no such key; {hint}{note}')
+    options = typing.get_args(known[key]) or (known[key],)
     is_text = str in options and not (value == 'None' and types.NoneType in options)
     if type(value) is str and not is_text:
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             value = ast.literal_eval(value)
-    if type(value) is str and (key == 'input' or key.endswith('_dir')):
+    if type(value) is str and key.endswith('_dir'):
         value = os.path.expanduser(value)
-    is_literal = typing.get_origin(expected) is typing.Literal
-    for option in options:
-        same = type(value) is type(option) and value == option
-        if type(value) is option or is_literal and same:
+    if type(value) is float and not math.isfinite(value):
+        raise UserError(f'{where}{key}: expected a finite number, got {value}')
+    for option in options:               # types, or of a Literal the values
+        if type(value) is option if isinstance(option, type) else repr(value) == repr(option):
             return value
         if option is float and type(value) is int and abs(value) < 1e308:
             return float(value)
         if option is tuple and type(value) in (int, list, range):
             return (value,) if type(value) is int else tuple(value)
-    raise UserError(f'{where}{key}: expected {type_name(expected)}, got {value!r}')
+    raise UserError(f'{where}{key}: expected {type_name(known[key])}, got {value!r}')
 
 
 def type_name(annotation):
@@ -155,27 +151,33 @@ def read_config_file(cls, path):
     if not (path.endswith('.py') and os.path.isfile(path)):
         raise UserError('expected a config file such as config/quick_start.py, or --key=value, '
                         f'got {path!r}: there is no such .py file')
+    names, folder = {'__file__': path}, os.getcwd()
     try:
-        names = runpy.run_path(path)
-    except Exception as error:
+        with open(path, 'rb') as file:
+            tree = ast.parse(file.read())
+        exec(compile(tree, path, 'exec'), names)
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
                  if frame.filename == path]
         line = lines[-1] if lines else getattr(error, 'lineno', None) or 1     # of a SyntaxError
         got = textwrap.shorten(f'{type(error).__name__}: {error}', 100)
         raise UserError(f'{path}, line {line}: expected it to run, got {got}') from None
-    with open(path, 'rb') as file:
-        dicts = [node for node in ast.walk(ast.parse(file.read())) if isinstance(node, ast.Dict)]
-    for node in dicts:                   # Python would keep the last of two equal keys
-        keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+    finally:
+        os.chdir(folder)                 # the other paths are meant from here
+    # Of two equal keys in {...} Python keeps the last without a word: one of `runs` would be lost.
+    for node in ast.walk(tree):
+        keys = [key.value for key in getattr(node, 'keys', ()) if isinstance(key, ast.Constant)]
         if len(set(keys)) < len(keys):
             raise UserError(f'{path}, line {node.lineno}: expected each key once, got {keys}')
-    return {key: check_type(cls, key, value, f'{path}: ') for key, value in names.items()
+    note = " (a config file's own names begin with _)"
+    return {key: check_type(cls, key, value, f'{path}: ', note) for key, value in names.items()
             if not key.startswith('_')}
 
 
 def print_help(cls, usage):
     """The usage; then each key with default, type and comment, and the headings between them, as
-    they stand in the source of cls and its parents."""
+    they stand in the source of cls and its parents. A key's comment needs two spaces before #; a
+    line that is a comment, indented as the keys are, is a heading."""
     print(usage.strip())
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for parent in reversed(cls.__mro__[:-1]):
@@ -194,13 +196,13 @@ def print_help(cls, usage):
 @contextlib.contextmanager
 def replacing(path):
     """As a context, gives the name of a file to write, which then takes the place of path: whole,
-    or not at all. The name holds the process: another may write the same. Raises UserError."""
+    or not at all. (The process id in it keeps two writers apart.) Raises UserError."""
     part = f'{path}.{os.getpid()}.part'
     try:
         yield part
         os.replace(part, path)
     except (OSError, RuntimeError) as error:             # RuntimeError: of torch.save
-        got = str(error).splitlines()[0]
+        got = str(error).partition('\n')[0]
         raise UserError(f'{path}: expected to write it, got "{got}"; what was there is untouched. '
                         'Is the disk full? Make room and try again') from None
     finally:
