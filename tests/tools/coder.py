@@ -8,7 +8,6 @@ handles is code, on prose_and_code's validation text: half if experts ignore it.
 Prints for each layer the experts' percentages, from the lowest to the highest.
 """
 
-import math
 import os
 import sys
 
@@ -19,7 +18,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 sys.path.insert(0, ROOT)
 
 import configurator
-import prepare_data
 import train
 from configurator import UserError
 from model import count
@@ -43,35 +41,6 @@ def shares_of_code(folder, windows=2000):
     routing = watch_experts(model, torch.from_numpy(tokens[place].astype(np.int64)))
     code = torch.from_numpy(place + data.meta['train_tokens']) // TURN % 2 == 1
     return torch.stack([count(I[code], E) / count(I, E) for I in routing.chosen])
-
-
-def test_the_share_of_code_against_a_loop_over_tokens(workspace, monkeypatch, capsys, refuse):
-    from conftest import SMALL, run_script, table_of
-    assert prepare_data.prose_and_code.__defaults__ == (TURN,)
-    run_script('train.py', *SMALL, '--mlp=moe,dense', '--out_dir=out/coder', cwd=workspace)
-    monkeypatch.chdir(workspace)
-    assert 'prose_and_code' in refuse(main, 'out/coder/moe')
-    monkeypatch.setattr(sys.modules[__name__], 'DATASET', 'code')
-    monkeypatch.setattr(sys.modules[__name__], 'TURN', 7)
-    text = open('code.txt', encoding='utf-8').read()
-    model, meta, _ = load_model('out/coder/moe', 'cpu')
-    first = meta['train_tokens']
-    handled = np.zeros((2, 2, 4))                                  # of layer, kind, expert
-    for start in np.linspace(0, len(text) - first - 16, 50).astype(int) + first:
-        tokens = [meta['vocabulary'].index(c) for c in text[start:start + 16]]
-        _, _, routing = model(torch.tensor([tokens]))
-        for layer, chosen in enumerate(routing.chosen.tolist()):
-            for place, experts in enumerate(chosen, start):
-                for expert in experts:
-                    handled[layer, place // 7 % 2, expert] += 1
-    shares = handled[:, 1] / handled.sum(1)
-    np.testing.assert_allclose(shares_of_code('out/coder/moe', 50), shares, atol=1e-3)
-    assert 'expected a run with experts' in refuse(main, 'out/coder/dense')
-    assert 'expected folders of runs' in refuse(main)
-    monkeypatch.setattr(sys.modules[__name__], 'shares_of_code', lambda folder: torch.tensor(
-        [[0.7, 0.25, math.nan], [1.0, 0.0, 0.504]]))
-    main(['out/coder/m*'])
-    assert table_of(capsys.readouterr().out)['out/coder/moe'] == ['25 70', '0 50 100']
 
 
 def main(arguments):
