@@ -1,12 +1,12 @@
 """The quick start: four models on a text that is half Shakespeare and half Python, in minutes on
-two cores of a CPU. aoe is the paper's, aoe whole has a gate that is not factorised."""
+two cores of a CPU. aoe is the paper's, aoe_whole has a gate that is not factorised."""
 out_dir = 'out/quick_start'
 dataset = 'prose_and_code'
 runs = {
     'dense': {'mlp': 'dense'},
     'moe': {'mlp': 'moe'},
     'aoe': {'mlp': 'aoe'},
-    'aoe whole': {'mlp': 'aoe', 'factorised': False},
+    'aoe_whole': {'mlp': 'aoe', 'factorised': False},
 }
 
 n_layer = 3

@@ -12,4 +12,4 @@ aux_weight = 0.01
 seeds = [1, 2, 3, 4, 5]
 runs = {'moe': {'mlp': 'moe'}}
 for _width in (4, 8, 16, 32, 64):
-    runs[f'aoe whole {_width}'] = {'mlp': 'aoe', 'd_judge': _width}
+    runs[f'aoe_whole {_width}'] = {'mlp': 'aoe', 'd_judge': _width}

@@ -11,7 +11,7 @@ aux_weight = 0.01
 runs = {}
 _variants = {
     'moe': {'mlp': 'moe'},
-    'aoe whole': {'mlp': 'aoe', 'factorised': False},
+    'aoe_whole': {'mlp': 'aoe', 'factorised': False},
     'aoe': {'mlp': 'aoe'},
 }
 _rates = {

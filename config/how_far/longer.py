@@ -17,6 +17,6 @@ for _name, _change in {
 }.items():
     runs |= {
         f'moe {_name}': {'mlp': 'moe'} | _change,
-        f'aoe whole {_name}': {'mlp': 'aoe', 'factorised': False} | _change,
+        f'aoe_whole {_name}': {'mlp': 'aoe', 'factorised': False} | _change,
         f'aoe {_name}': {'mlp': 'aoe'} | _change,
     }

@@ -18,6 +18,6 @@ for _width, _moe_rate, _large_rate, _whole_rate in (
         f'moe {_width}': _size | {'mlp': 'moe', 'learning_rate': _moe_rate},
         f'moe large router {_width}': _size | {'mlp': 'moe', 'router': 'large',
                                                'd_low': _width // 6, 'learning_rate': _large_rate},
-        f'aoe whole {_width}': _size | {'mlp': 'aoe', 'factorised': False,
+        f'aoe_whole {_width}': _size | {'mlp': 'aoe', 'factorised': False,
                                         'learning_rate': _whole_rate},
     }

@@ -11,9 +11,9 @@ top_k = 1
 aux_weight = 0.01
 runs = {
     'moe': {'mlp': 'moe'},
-    'aoe whole': {'mlp': 'aoe', 'factorised': False},
+    'aoe_whole': {'mlp': 'aoe', 'factorised': False},
     'aoe': {'mlp': 'aoe'},
     'moe switch': {'mlp': 'moe', 'weigh_among': 'all'},
-    'aoe whole switch': {'mlp': 'aoe', 'factorised': False, 'weigh_among': 'all'},
+    'aoe_whole switch': {'mlp': 'aoe', 'factorised': False, 'weigh_among': 'all'},
     'aoe switch': {'mlp': 'aoe', 'weigh_among': 'all'},
 }

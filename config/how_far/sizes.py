@@ -14,6 +14,6 @@ for _width, _moe_rate, _aoe_rate, _whole_rate in (
     runs |= {
         f'moe {_width}': _size | {'mlp': 'moe', 'learning_rate': _moe_rate},
         f'aoe {_width}': _size | {'mlp': 'aoe', 'learning_rate': _aoe_rate},
-        f'aoe whole {_width}': _size | {'mlp': 'aoe', 'factorised': False,
+        f'aoe_whole {_width}': _size | {'mlp': 'aoe', 'factorised': False,
                                         'learning_rate': _whole_rate},
     }

@@ -15,11 +15,11 @@ _free = {'n_expert': 12, 'top_k': 3, 'd_ffn': 24}
 runs = {
     'moe 4 of 32': {'mlp': 'moe'} | _many,
     'moe large router 4 of 32': {'mlp': 'moe', 'router': 'large', 'd_low': 16} | _many,
-    'aoe whole 4 of 32': {'mlp': 'aoe', 'factorised': False} | _many,
-    'aoe whole narrow 4 of 32': {'mlp': 'aoe', 'factorised': False, 'd_judge': 4} | _many,
-    'aoe 4 of 32': {'mlp': 'aoe'} | _many,
+    'aoe_whole 4 of 32': {'mlp': 'aoe', 'factorised': False} | _many,
+    'aoe_whole narrow 4 of 32': {'mlp': 'aoe', 'factorised': False, 'd_judge': 4} | _many,
+    'aoe 4 of 32': {'mlp': 'aoe', 'd_low': 48} | _many,
     'moe 3 of 12': {'mlp': 'moe'} | _free,
-    'aoe whole 3 of 12': {'mlp': 'aoe', 'factorised': False} | _free,
-    'aoe 3 of 12': {'mlp': 'aoe'} | _free,
-    'aoe 3 of 12 narrow': {'mlp': 'aoe', 'd_low': 8} | _free,      # 32, the default, is over d_ffn
+    'aoe_whole 3 of 12': {'mlp': 'aoe', 'factorised': False} | _free,
+    'aoe 3 of 12': {'mlp': 'aoe', 'd_low': 32} | _free,            # D/3, over d_ffn
+    'aoe 3 of 12 narrow': {'mlp': 'aoe', 'd_low': 8} | _free,
 }

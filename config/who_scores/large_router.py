@@ -7,7 +7,7 @@ L_aux, on eight seeds that no other table has, a process a core:
     python train.py config/paper/table2.py config/who_scores/large_router.py --seeds=31,32,33,34
     python train.py config/paper/table2.py config/who_scores/large_router.py --seeds=35,36,37,38
 
-Each has the best of its learning rates on other seeds: moe, aoe and aoe whole in
+Each has the best of its learning rates on other seeds: moe, aoe and aoe_whole in
 learning_rate.py (seeds 1 to 3), the others in who_scores_rates.py (seed 21).
 """
 
@@ -16,7 +16,7 @@ aux_weight = 0.01
 runs = {
     'moe': {'mlp': 'moe', 'learning_rate': 2e-3},
     'moe large router': {'mlp': 'moe', 'router': 'large', 'd_low': 16, 'learning_rate': 1.4e-3},
-    'aoe whole': {'mlp': 'aoe', 'factorised': False, 'learning_rate': 2e-3},
+    'aoe_whole': {'mlp': 'aoe', 'factorised': False, 'learning_rate': 2e-3},
     'moe factorised': {'mlp': 'moe', 'factorised': True, 'learning_rate': 1.4e-3},
     'moe factorised large router': {'mlp': 'moe', 'factorised': True, 'router': 'large',
                                     'learning_rate': 1.4e-3},

@@ -17,7 +17,7 @@ runs = {
     'moe frozen': {'mlp': 'moe', 'frozen': True},
     'moe sigmoid': {'mlp': 'moe', 'bias_step': 1e-3, 'aux_weight': 0},
     'moe factorised frozen': {'mlp': 'moe', 'factorised': True, 'frozen': True},
-    'aoe whole frozen': {'mlp': 'aoe', 'factorised': False, 'frozen': True},
-    'aoe whole virtual': {'mlp': 'aoe', 'factorised': False, 'virtual': True},
+    'aoe_whole frozen': {'mlp': 'aoe', 'factorised': False, 'frozen': True},
+    'aoe_whole virtual': {'mlp': 'aoe', 'factorised': False, 'virtual': True},
     'aoe frozen': {'mlp': 'aoe', 'frozen': True},
 }

@@ -16,8 +16,8 @@ runs = {
     'moe aux': {'mlp': 'moe', 'aux_weight': 0.01},
     'moe factorised': {'mlp': 'moe', 'factorised': True},
     'moe factorised aux': {'mlp': 'moe', 'factorised': True, 'aux_weight': 0.01},
-    'aoe whole': {'mlp': 'aoe', 'factorised': False},
-    'aoe whole aux': {'mlp': 'aoe', 'factorised': False, 'aux_weight': 0.01},
+    'aoe_whole': {'mlp': 'aoe', 'factorised': False},
+    'aoe_whole aux': {'mlp': 'aoe', 'factorised': False, 'aux_weight': 0.01},
     'aoe': {'mlp': 'aoe'},
     'aoe aux': {'mlp': 'aoe', 'aux_weight': 0.01},
 }
