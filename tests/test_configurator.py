@@ -134,7 +134,7 @@ width = 25
     ('raise ValueError("a\\nb")', 'line 1: expected it to run, got ValueError: a b'),
     ('width = 1\nrate =', 'line 2: expected it to run, got SyntaxError: invalid syntax'),
     ('width = 1\0', 'line 1: expected it to run, got '),
-    ('width = 1\nraise SystemExit', 'line 2: expected it to run, got SystemExit: '),
+    ('width = 1\nraise SystemExit', 'line 2: expected it to run, got SystemExit:'),
     ('rate = 1e400', 'config.py: rate: expected a finite number, got inf'),
     ("rate = float('nan')", 'config.py: rate: expected a finite number, got nan'),
     ("width = 1\nruns = {'a': {},\n'b': {}, 'a': {'width': 2}}",
