@@ -23,7 +23,6 @@ import signal
 if __name__ == '__main__':               # Ctrl-C while the next lines import: end without a word
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import glob
 import hashlib
 import io
 import itertools
@@ -229,30 +228,19 @@ def json_documents(path, field):
             yield text
 
 
-def files_at(paths):
-    """The files at paths; of a folder, the .txt and .jsonl files in it. Raises UserError for a file
-    that is there twice."""
-    files = []
-    for path in paths:
-        if os.path.isdir(path) and path not in NAMED:
-            files += sorted(file for file in glob.glob(os.path.join(glob.escape(path), '*'))
-                            if file.lower().endswith(('.txt', '.jsonl')))
-        else:
-            files.append(path)
-    if len({*map(os.path.realpath, files)}) < len(files):
-        raise UserError('expected each file once, got one twice (validation could be on what was '
-                        f'trained on): {" ".join(paths):.80}')
-    return files
-
-
 def documents_at(paths, config):
-    """The documents at paths, as they come. Raises UserError."""
-    for path in files_at(paths):
+    """The documents at paths, as they come: of a folder, its .txt and .jsonl files'. Raises
+    UserError."""
+    for path in paths:
         try:
             if path in CORPORA:
                 yield corpus_text(path)
             elif path == 'openwebtext':
                 yield from hub_documents(config.hub, config.field)
+            elif os.path.isdir(path):
+                files = [os.path.join(path, name) for name in sorted(os.listdir(path))
+                         if name.lower().endswith(('.txt', '.jsonl'))]
+                yield from documents_at(files, config)
             elif path.lower().endswith('.jsonl'):
                 yield from json_documents(path, config.field)
             else:
@@ -327,6 +315,9 @@ def name_and_source(paths, config):
         raise UserError(f'expected one corpus alone, or files, got {" ".join(paths):.80}')
     if more and not config.name:
         raise UserError(f'expected --name= for several files, got none: {" ".join(paths):.80}')
+    if len({*map(os.path.realpath, paths)}) < len(paths):
+        raise UserError('expected each file once (validation would be on what was trained on), got '
+                        f'{" ".join(paths):.80}')
     stem = os.path.splitext(os.path.basename(os.path.abspath(first)))[0]
     sources = {name: source for name, (_, source, _) in CORPORA.items()}
     source = (sources | {'openwebtext': config.hub}).get(first, first)
@@ -335,21 +326,16 @@ def name_and_source(paths, config):
     return config.name or (stem + '_gpt2' if config.tokenizer == 'gpt2' else stem), source
 
 
-def check_same(folder, paths, source, config):
-    """Is the same text prepared in folder already? Else a UserError: that one stays."""
-    if not os.path.exists(os.path.join(folder, 'meta.json')):
-        raise UserError(f'{folder}: expected a new folder, got one with other files; choose '
-                        'another --name=, or remove the folder')
+def refuse_another_text(folder, paths, source, config):
+    """Refuse, with a UserError, to take what is in folder for another text."""
     meta = load_meta(folder)
-    if paths[0] in CORPORA:                              # not fetched again only to compare
-        same = meta['sha256'] == CORPORA[paths[0]][2]
-    elif paths[0] == 'openwebtext':
+    if paths[0] == 'openwebtext':                        # not fetched again only to compare
         same = meta['source'] == source
+    elif paths[0] in CORPORA:
+        same = meta['sha256'] == CORPORA[paths[0]][2]
     else:
         text = END_OF_TEXT.join(read(paths, config))
         same = meta['sha256'] == hashlib.sha256(text.encode('utf-8')).hexdigest()
-        if END_OF_TEXT in text:          # 'a<|endoftext|>b' may be one document or two
-            same = same and meta['source'] == source
     if not same or meta['tokenizer'] != config.tokenizer:
         raise UserError(f'{folder}: expected {source} as {config.tokenizer}, got another text or '
                         f'tokenizer there, {meta["source"]} as {meta["tokenizer"]}; choose another '
@@ -363,7 +349,7 @@ def prepare(paths, config):
     folder = os.path.join(config.data_dir, name)
     try:
         if os.path.isdir(folder) and os.listdir(folder):
-            return check_same(folder, paths, source, config)
+            return refuse_another_text(folder, paths, source, config)
         documents, vocabulary = read(paths, config), None
         if config.tokenizer == 'char':
             vocabulary = ''.join(sorted(set(documents[0])))        # of all, which are one text
