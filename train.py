@@ -564,15 +564,12 @@ def load_checkpoint(path, device, *required):
 
 def load_state(model, optimizer, scaler, checkpoint, path):
     load_weights(model, checkpoint, path)
-    try:
-        optimizer.load_state_dict(checkpoint['optimizer'])
-        scaler.load_state_dict(checkpoint['scaler'])
-        if {key for state in optimizer.state.values() for key in state} - {
-                'step', 'exp_avg', 'exp_avg_sq'}:
-            raise ValueError
-    except (ValueError, KeyError, RuntimeError):
-        raise UserError(f'{path}: expected the state of this train.py\'s optimizer, got that of '
-                        'another; train anew with --name=') from None
+    state = checkpoint['optimizer']
+    if state['param_groups'][0].keys() != optimizer.param_groups[0].keys():
+        raise UserError(f'{path}: expected the state of the optimizer that train.py has now, got '
+                        'that of another; train anew with --name=')
+    optimizer.load_state_dict(state)
+    scaler.load_state_dict(checkpoint['scaler'])
 
 
 def load_weights(model, checkpoint, path):
@@ -801,62 +798,78 @@ def train_apart(config, stop, connection):
     try:
         train(config, stop, sender.bar)
     except UserError as error:
-        sender.send('error', str(error), isinstance(error, Diverged))
+        sender.send('diverged' if isinstance(error, Diverged) else 'error', str(error))
+
+
+class Apart:
+    """A run in a process of its own, as the first process sees it."""
+
+    def __init__(self, run, stop, place):
+        context = multiprocessing.get_context('spawn')             # the one way on all systems
+        self.run, self.place, self.bar = run, place, None
+        self.connection, theirs = context.Pipe(duplex=False)
+        self.process = context.Process(target=train_apart, args=(run, stop, theirs))
+        with ignoring_signals():                                   # and so does the process
+            self.process.start()
+        theirs.close()
+
+    def fileno(self):                                              # for wait()
+        return self.connection.fileno()
+
+    def make_bar(self, facts):
+        if 'JPY_PARENT_PID' in os.environ:                         # a notebook can't move up to it
+            facts['disable'] = True
+        self.bar = tqdm(**facts, position=self.place, leave=False)
+
+    def end(self):
+        """Returns what is wrong with how the process has ended, if anything is."""
+        self.process.join()
+        if self.bar is not None:
+            self.bar.close()
+        if self.process.exitcode:
+            return (f'{self.run.folder}: its process ended with exit code {self.process.exitcode}; '
+                    '--init_from=resume goes on with it')
 
 
 def train_side_by_side(runs, jobs, stop):
     """Train runs in processes of their own, `jobs` at once, the longest first. Returns whether one
     has diverged or was killed; the others go on. Raises UserError for any other error in one of
     them, when all have ended."""
-    context = multiprocessing.get_context('spawn')                 # the one way on all systems
-    in_notebook = 'JPY_PARENT_PID' in os.environ                   # it can't move the cursor up
-    waiting, at_work = sorted(runs, key=length_of, reverse=True), {}
-    failed, errors = False, []
+    waiting, at_work = sorted(runs, key=length_of, reverse=True), []
+    failures, error = [], None
     try:
         while at_work or waiting and not stop.is_set():
             while waiting and len(at_work) < jobs and not stop.is_set():
-                run, (ours, theirs) = waiting.pop(0), context.Pipe(duplex=False)
-                place = min(set(range(jobs)) - {place for _, _, place, _ in at_work.values()})
-                process = context.Process(target=train_apart, args=(run, stop, theirs))
-                with ignoring_signals():                           # and so does the process
-                    process.start()
-                theirs.close()
-                at_work[ours] = [run, process, place, None]
-            for connection in wait(list(at_work)):
-                run, process, place, bar = at_work[connection]
+                free = set(range(jobs)) - {apart.place for apart in at_work}
+                at_work.append(Apart(waiting.pop(0), stop, min(free)))
+            for apart in wait(at_work):
+                failure = None
                 try:
-                    message, *values = connection.recv()
-                except EOFError:                                   # the process has ended
-                    process.join()
-                    del at_work[connection]
-                    if bar is not None:
-                        bar.close()
-                    if process.exitcode:
-                        failed = True
-                        tqdm.write(f'error: {run.folder}: its process ended with exit code '
-                                   f'{process.exitcode}; --init_from=resume goes on with it',
-                                   file=sys.stderr)
-                    continue
-                if message == 'write':
-                    tqdm.write(values[0], end='')
-                elif message == 'bar':
-                    disable = True if in_notebook else values[0]['disable']
-                    facts = values[0] | {'position': place, 'leave': False, 'disable': disable}
-                    at_work[connection][3] = tqdm(**facts)
-                elif message == 'error' and values[1]:             # diverged
-                    failed = True
-                    tqdm.write(f'error: {values[0]}', file=sys.stderr)
-                elif message == 'error':
-                    errors.append(values[0])
-                    stop.set()
-                else:                                              # what its bar does
-                    getattr(bar, message)(*values)
+                    message, *values = apart.connection.recv()
+                except (EOFError, OSError):                        # the process has ended
+                    at_work.remove(apart)
+                    failure = apart.end()
+                else:
+                    if message == 'write':
+                        tqdm.write(values[0], end='')
+                    elif message == 'bar':
+                        apart.make_bar(values[0])
+                    elif message == 'diverged':
+                        failure = values[0]
+                    elif message == 'error':
+                        error = error or values[0]
+                        stop.set()
+                    else:                                          # what its bar does
+                        getattr(apart.bar, message)(*values)
+                if failure:
+                    failures.append(failure)
+                    tqdm.write(f'error: {failure}', file=sys.stderr)
     finally:
-        for _, process, _, _ in at_work.values():                  # after a second Ctrl-C
-            process.kill()
-    if errors:
-        raise UserError(errors[0])
-    return failed
+        for apart in at_work:                                      # after a second Ctrl-C
+            apart.process.kill()
+    if error:
+        raise UserError(error)
+    return bool(failures)
 
 
 @contextlib.contextmanager
@@ -880,7 +893,7 @@ def memory_of(config):
     """Bytes that a run takes, roughly: PyTorch, a weight's four numbers, what backward needs."""
     c = config
     weights = 3 * c.n_layer * c.n_expert * c.n_embd * c.d_ffn
-    return 4e8 + 16 * weights + 400 * c.batch_size * c.block_size * c.n_layer * c.n_embd
+    return 6e8 + 16 * weights + 400 * c.batch_size * c.block_size * c.n_layer * c.n_embd
 
 
 def share_the_machine(runs):
