@@ -1,9 +1,8 @@
 """
 How wide should a judge be? An expert with a whole gate judges by the first d_judge
-neurons of it: from 4 (D/24) to 64 (2 D/3). As in two_questions.py, with L_aux:
+neurons of it: from 4 (D/24) to 64 (2 D/3). As in ../who_scores/two_questions.py, with L_aux:
 
-    python train.py config/paper/table2.py config/how_far/judge_width.py --seeds=1,3,5
-    python train.py config/paper/table2.py config/how_far/judge_width.py --seeds=2,4
+    python train.py config/small.py config/how_far/judge_width.py
 """
 
 out_dir = 'out/judge_width'

@@ -1,9 +1,9 @@
 """
 Is one learning rate fair to all? At each width as many trials for MoE as for AoE,
-in the shape of paper_table2.py, with L_aux. A run takes 45, 85 and 220 seconds at
+in the shape of small.py, with L_aux. A run takes 45, 85 and 220 seconds at
 D 48, 96 and 192:
 
-    python train.py config/paper/table2.py config/how_far/learning_rate.py
+    python train.py config/small.py config/how_far/learning_rate.py
 """
 
 out_dir = 'out/learning_rate'

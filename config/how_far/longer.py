@@ -1,13 +1,13 @@
 """
 Does it last? Three times the tokens; another text, the sources of Python's standard
 library as characters; and twice as many experts, half as wide, four of them chosen.
-The rest as in paper_table2.py, with L_aux:
+The rest as in small.py, with L_aux:
 
     python prepare_data.py $(python -c "import os; print(os.__file__[:-5])")*.py --name=code
-    python train.py config/paper/table2.py config/how_far/longer.py
+    python train.py config/small.py config/how_far/longer.py
 """
 
-out_dir = 'out/does_it_last'
+out_dir = 'out/longer'
 aux_weight = 0.01
 runs = {}
 for _name, _change in {

@@ -1,13 +1,12 @@
 """
-The first three of who_scores.py at half and at twice its width, on seeds that no
-other table has, each with the best of its learning rates on other seeds
-(learning_rate.py and who_scores_rates.py). A process a core:
+The first three of ../who_scores/large_router.py at half and at twice its width, on seeds that no
+other table has, each with the best of its learning rates on other seeds (learning_rate.py and
+../who_scores/rates.py):
 
-    python train.py config/paper/table2.py config/how_far/new_sizes.py --seeds=51,52,53
-    python train.py config/paper/table2.py config/how_far/new_sizes.py --seeds=54,55
+    python train.py config/small.py config/how_far/new_sizes.py
 """
 
-out_dir = 'out/who_scores_sizes'
+out_dir = 'out/new_sizes'
 aux_weight = 0.01
 seeds = [51, 52, 53, 54, 55]
 runs = {}

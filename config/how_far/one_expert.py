@@ -1,9 +1,9 @@
 """
 One expert a token, K = 1: the softmax over the one chosen is 1, and gives a router
 no gradient. Switch Transformers weight by the probability among all E, which does.
-In the shape of paper_table2.py, with L_aux:
+In the shape of small.py, with L_aux:
 
-    python train.py config/paper/table2.py config/how_far/one_expert.py
+    python train.py config/small.py config/how_far/one_expert.py
 """
 
 out_dir = 'out/one_expert'

@@ -2,7 +2,7 @@
 Does the gap close with size? Width D 48, 96 and 192, with heads of 24 numbers, the
 same tokens, L_aux, and for each the learning rate that was best in learning_rate.py:
 
-    python train.py config/paper/table2.py config/how_far/sizes.py
+    python train.py config/small.py config/how_far/sizes.py
 """
 
 out_dir = 'out/sizes'

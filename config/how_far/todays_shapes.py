@@ -2,10 +2,9 @@
 Shapes of today, on three seeds that no other table has: 4 of 32 experts, a quarter
 as wide, with L_aux, where a judge of D/6 costs more than it did, so narrower ones
 are tried; and that of Routing-Free MoE (2604.00801), 3 of 12 experts as wide as
-D/4 without L_aux. The rest as in paper_table2.py, a process a core:
+D/4 without L_aux. The rest as in small.py:
 
-    python train.py config/paper/table2.py config/how_far/todays_shapes.py --seeds=41,42
-    python train.py config/paper/table2.py config/how_far/todays_shapes.py --seeds=43
+    python train.py config/small.py config/how_far/todays_shapes.py
 """
 
 out_dir = 'out/todays_shapes'

@@ -1,5 +1,5 @@
 """
-Does a rounding decide? moe and aoe whole on the seeds of large_router.py, in float32:
+Does a rounding decide? moe and aoe_whole on the seeds of large_router.py, in float32:
 
     python train.py config/small.py config/who_scores/in_float32.py
 """

@@ -1,11 +1,11 @@
 """
-Learning rates of who_scores.py and who_scores_sizes.py that learning_rate.py doesn't
-have, on a seed of their own: of large routers, and of moe with a factorised gate:
+Learning rates of large_router.py and ../how_far/new_sizes.py that ../how_far/learning_rate.py
+doesn't have, on a seed of their own: of large routers, and of moe with a factorised gate:
 
-    python train.py config/paper/table2.py config/who_scores/rates.py
+    python train.py config/small.py config/who_scores/rates.py
 """
 
-out_dir = 'out/who_scores_rates'
+out_dir = 'out/rates'
 aux_weight = 0.01
 seeds = [21]
 _large = {'mlp': 'moe', 'router': 'large'}               # as many parameters as the experts' judges

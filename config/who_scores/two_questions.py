@@ -1,10 +1,9 @@
 """
 Two questions, independent of each other: who scores, a router or the norm of the
 expert's own activation; and how the gate is made, x Wg_i or x Wdown_i Wup_i. With
-and without L_aux, five seeds, in the shape of paper_table2.py, a process a core:
+and without L_aux, five seeds, in the shape of small.py:
 
-    python train.py config/paper/table2.py config/who_scores/two_questions.py --seeds=1,3,5
-    python train.py config/paper/table2.py config/who_scores/two_questions.py --seeds=2,4
+    python train.py config/small.py config/who_scores/two_questions.py
 
 By default, d_low is 32, D/3, where the gate is factorised, and 16 neurons, D/6, where not.
 """

@@ -4,7 +4,7 @@ each token the K experts go on that have the largest norm at an inner node; the
 router only weights them. No weight changes.
 
     python train.py config/paper/table2.py --seeds=1           # trains some
-    python tests/tools/pilot.py out/paper_table2/moe*-1
+    python tests/tools/pilot.py out/table2/moe*-1
 
 The arguments are folders of runs with --mlp=moe, or patterns of them. Prints the
 validation loss of each choice, its mean and standard deviation where a run has
@@ -71,7 +71,7 @@ CHOICES |= {f'{node}.L{order:g}': norms(node, order) for node in NODES for order
 def folders_of(patterns):
     """The folders that the patterns match; what matches none is a folder's name. Refuses none."""
     if not patterns:
-        raise UserError('expected folders of runs, such as out/paper_table2/moe-1, got none')
+        raise UserError('expected folders of runs, such as out/table2/moe-1, got none')
     return [folder for pattern in patterns for folder in sorted(glob.glob(pattern)) or [pattern]]
 
 
