@@ -22,6 +22,6 @@ for _dtype in ('float32', 'bfloat16'):
     runs |= {
         f'moe {_dtype}': {'mlp': 'moe', 'dtype': _dtype},
         f'moe norm router {_dtype}': {'mlp': 'moe', 'router': 'norm', 'd_low': 16, 'd_ffn': 376,
-                                      'dtype': _dtype},
+                                      'learning_rate': 1.4e-3, 'dtype': _dtype},
         f'aoe_whole {_dtype}': {'mlp': 'aoe', 'factorised': False, 'dtype': _dtype},
     }

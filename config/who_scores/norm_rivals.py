@@ -14,7 +14,7 @@ aux_weight = 0.01
 dtype = 'bfloat16'
 seeds = [61, 62, 63, 64]
 _wide = 96 ** -0.5
-_norm = {'mlp': 'moe', 'router': 'norm', 'd_low': 16, 'd_ffn': 376}
+_norm = {'mlp': 'moe', 'router': 'norm', 'd_low': 16, 'd_ffn': 376, 'learning_rate': 1.4e-3}
 runs = {
     'moe norm router frozen': _norm | {'frozen': True},
     'moe wide router': {'mlp': 'moe', 'router_std': _wide},
