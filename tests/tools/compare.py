@@ -1,21 +1,32 @@
 """
-Who is ahead of moe? Loss minus that of moe with the same seed, which has the same
+Who is better than moe? Loss minus that of moe with the same seed, which has the same
 batches: its mean with a 95 % interval, bold where that excludes 0.
 
-    python tests/tools/compare.py config/who_scores/two_questions.jsonl
-    python tests/tools/compare.py config/how_far/sizes.jsonl --picture=out/sizes.png
-    python tests/tools/compare.py --pages=True README.md config/README.md config/lab/README.md
+    python tests/tools/compare.py out/quick_start
+    python tests/tools/compare.py config/how_far/sizes.jsonl --by_setting=True
+    python tests/tools/compare.py config/quick_start/results.jsonl --cell=aoe --percent=True
+    python tests/tools/compare.py --forest=out/forest.png config/*/*.jsonl
+    python tests/tools/compare.py --pages=True README.md config/*.md config/*/*.md
 
-reads what train.py left in an out_dir's results.jsonl, or in several. A run is
-compared with the moe run whose settings differ least from its own, on the same
-data, with the same iterations and schedule; what differs is told below the table.
-The last command writes the tables of these pages anew, each by the command in the
-mark above it.
+reads out_dirs of train.py, or their results.jsonl. Seeds are brought together where all
+else that shaped them is equal; else what differs is part of the run's name. A run is
+compared with the moe whose settings differ least from its own, on the same data, with the
+same iterations and schedule; what differs is told below the table.
+
+The last command writes the marked numbers of pages anew. A mark is a comment that ends
+with <!-- end -->, and begins with the command that prints what is between: a table, or in
+a sentence a single difference (--cell). A mark that begins with = has the keys alone, for
+the files of the mark before it, or for files beside the page:
+
+    <!-- python tests/tools/compare.py config/quick_start/results.jsonl -->
+    | variant | ...
+    <!-- end -->
+    The paper's aoe ends <!-- = --cell=aoe --percent=True -->1.5 % worse (1.0 to
+    2.0)<!-- end --> than moe.
 """
 
 import contextlib
 import io
-import json
 import math
 import os
 import re
@@ -23,56 +34,90 @@ import shlex
 import statistics
 import sys
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
 import configurator
-from configurator import UserError, build, expect, parse, read_text, write_text
-from train import COLORS, mean_and_spread, print_rows, pyplot, save_figure
+from configurator import UserError, expect, parse, read_text, write_text
+from train import (COLOR_OF, group, losses_of, mean_and_spread, print_rows, pyplot, read_results,
+                   save_figure)
 
-LABELS = {'': 'without L_aux', 'aux': 'with L_aux'}                # of settings in the picture
-# what makes a variant, and may differ between a run and its moe; and what may not
-OF_VARIANT = {'mlp', 'factorised', 'router', 'd_low', 'd_judge', 'seed', 'frozen', 'bias_step',
-              'virtual'}
-SAME = ('lr_decay_iters', 'sha256', 'tokenizer', 'device', 'torch')
+# what makes a variant, and differs between a run and its moe without a word
+OF_VARIANT = {'mlp', 'factorised', 'router', 'd_low', 'd_judge', 'seed', 'frozen', 'router_std',
+              'score_scale', 'jitter', 'bias_step', 'virtual'}
+# what may not differ, and what older train.py didn't write: where it is not known, it is not told
+SAME = ('lr_decay_iters', 'sha256', 'tokenizer', 'train_tokens', 'val_tokens', 'device')
+NEW = {'tokenizer', 'train_tokens', 'val_tokens', 'eval_interval', 'processor', 'model.py',
+       'train.py'}
 RATES = {'learning_rate', 'min_lr'}
+LOSSES = {'lowest_val_loss': 'validation loss', 'val_loss': 'last validation loss',
+          'test_loss': 'test loss'}
 # half a 95 % interval in standard errors, of 2, 3 ... 11 differences (Student's t)
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-# the tables of pages: between a mark, with the command that prints it, and the end mark
-MARK = '<!-- python tests/tools/compare.py '
-TABLE = re.compile(f'({MARK}([^\n]+) -->\n)(?:(?!<!--).)*(<!-- end -->)', re.S)
+T_95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+
+# the rows of the forest plot, from above: results in config/, and which of their settings. Where
+# two have a variant of the same row, the one with more seeds is drawn
+ROWS = {
+    ('who_scores/large_router.jsonl', ''): '2 of 8 experts, 96 wide',
+    ('who_scores/large_router_xeon.jsonl', ''): 'the same on a second CPU',
+    ('how_far/new_sizes.jsonl', '48'): '48 wide',
+    ('how_far/sizes.jsonl', '48'): '48 wide',
+    ('how_far/new_sizes.jsonl', '192'): '192 wide',
+    ('how_far/sizes.jsonl', '192'): '192 wide',
+    ('how_far/longer.jsonl', '4 of 16'): '4 of 16 experts',
+    ('how_far/todays_shapes.jsonl', '4 of 32'): '4 of 32 experts',
+    ('how_far/todays_shapes.jsonl', '3 of 12'): '3 of 12 small experts',
+    ('how_far/longer.jsonl', 'long'): 'three times the tokens',
+    ('how_far/longer.jsonl', 'code'): 'on Python code',
+    ('quick_start/results.jsonl', ''): 'the quick start',
+}
+# the marked parts of pages: = or the command, its arguments, what it has printed
+MARK = '<!-- (python tests/tools/compare.py|=)\\s'
+MARKED = re.compile(f'({MARK}([^>]*?)-->)((?:(?!<!--).)*)<!-- end -->', re.S)
 
 
 @dataclass
-class MinusConfig:
+class CompareConfig:
     """The keys of this script."""
     # keys
     minus: str = 'moe'                   # the variant that the others are compared with
+    loss: Literal[tuple(LOSSES)] = 'lowest_val_loss'   # which loss of a run is compared
     by_setting: bool = False             # a row for each setting, a column for each variant
-    losses: bool = False                 # with by_setting: losses, and no differences
-    picture: str | None = None           # draw the differences to this file
-    pages: bool = False                  # the files are pages: write their tables anew
+    short: bool = False                  # no columns of entropies and norms
+    losses: bool = False                 # with by_setting or cell: losses, and no differences
+    cell: str | None = None              # print the difference of this run alone
+    percent: bool = False                # with cell: in percent of the loss that is subtracted
+    forest: str | None = None            # draw better or worse than moe to this file, in percent
+    pages: bool = False                  # the files are pages: write their marked numbers anew
 
     def __post_init__(self):
-        expect(self, 'losses', 'False without --by_setting=True',
-               lambda losses: self.by_setting or not losses)
+        expect(self, 'losses', 'False without --by_setting=True or --cell=',
+               lambda losses: self.by_setting or self.cell or not losses)
+        expect(self, 'percent', 'False without --cell=', lambda percent: self.cell or not percent)
 
+
+# -----------------------------------------------------------------------------
+# what is compared with what
 
 def variant_of(seeds):
-    """By what shaped the run: 'moe factorised'; seeds: {seed: its line of results.jsonl}."""
-    shape = next(iter(seeds.values()))['shape']
-    mlp, factorised = shape['mlp'], shape['factorised']
-    parts = {mlp: True, 'factorised': mlp == 'moe' and factorised,
-             'whole': mlp == 'aoe' and not factorised,
-             'large router': mlp == 'moe' and shape['router'] == 'large',
-             'frozen': shape.get('frozen'), 'sigmoid': shape.get('bias_step'),   # rivals.patch
-             'virtual': shape.get('virtual')}
+    """By what shaped the run: 'moe factorised'; seeds: {seed: result}."""
+    recipe = next(iter(seeds.values()))['recipe']
+    moe, router = recipe['mlp'] == 'moe', {'linear': '', 'norm': 'norm ', 'large': 'large '}
+    whole, scale = not recipe['factorised'], recipe.get('score_scale', 1)
+    router = router[recipe['router']] + ('wide ' if recipe.get('router_std') else '')
+    parts = {'aoe_whole' if recipe['mlp'] == 'aoe' and whole else recipe['mlp']: True,
+             'factorised': moe and not whole, f'{router}router': moe and router,
+             # keys of config/who_scores/rivals.patch
+             f'x{scale:g}': scale != 1, 'jitter': recipe.get('jitter'),
+             'frozen': recipe.get('frozen'), 'sigmoid': recipe.get('bias_step'),
+             'virtual': recipe.get('virtual')}
     return ' '.join(part for part, there in parts.items() if there)
 
 
 def setting_of(name, seeds):
-    """What a run's name says besides its variant: 'aux' of 'aoe whole aux'."""
+    """What a run's name says besides its variant: 'aux' of 'aoe_whole aux'."""
     return name.removeprefix(variant_of(seeds)).strip()
 
 
@@ -80,36 +125,61 @@ def order_of(name, seeds):
     """To sort runs by: settings, by size where they have numbers, and in each the variants."""
     parts = re.findall(r'\d+(?:\.\d+)?(?:e[+-]?\d+)?|\D+?(?=\d|$)', setting_of(name, seeds))
     key = [(1, float(part), '') if part[0].isdigit() else (0, 0, part) for part in parts]
-    factorised = next(iter(seeds.values()))['shape']['factorised']
+    factorised = next(iter(seeds.values()))['recipe']['factorised']
     variant = variant_of(seeds)
     return key, 'mad'.index(variant[0]), factorised, variant       # moe, aoe, dense
 
 
-def may_be_compared(a, b):
-    return a['iter'] == b['iter'] and all(a['shape'].get(key) == b['shape'].get(key)
-                                          for key in SAME)
+def has_diverged(seeds):
+    return 'diverged' in next(iter(seeds.values()))
 
 
-def settings_that_differ(a, b):
-    a, b = a['shape'], b['shape']
-    return sorted(key for key in (a | b).keys() - OF_VARIANT if a.get(key) != b.get(key))
+def read_runs(files, loss='lowest_val_loss'):
+    """Run -> {seed: result}, of all files and folders, in the order of a table."""
+    if not files:
+        raise UserError('expected an out_dir or a results.jsonl, got none; --help has examples')
+    results = []
+    for file in files:
+        for result in read_results(file):
+            name, seeds = result['run'], {result['seed']: result}
+            try:                                                   # what the tables need is there
+                order_of(name, seeds), columns_of(seeds)
+                if not (has_diverged(seeds) or math.isfinite(result[loss])):
+                    raise ValueError(f'{loss} is {result[loss]}')
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(f'{file}: expected results of train.py with a {loss}, got of '
+                                f'{name!r} {error!r:.60}') from None
+            results.append(result)
+    return dict(sorted(group(results).items(), key=lambda run: order_of(*run)))
 
 
-def differences(results, base='moe'):
-    """results: run name -> {seed: its line}. Returns run name -> (the name of its moe, settings
-    that differ, losses minus that moe's seed by seed), for all that have one to compare with.
-    base: another variant in the place of moe."""
+class Difference(NamedTuple):
+    base: str                # the name of the moe that a run is compared with
+    differ: list             # the settings that differ, besides those that make the variant
+    minus: list              # losses minus those of the base, seed by seed
+    loss: float              # the mean loss of the base on these seeds
+
+
+def differences(runs, base='moe', loss='lowest_val_loss'):
+    """Run -> its Difference, for all that have a moe to compare with; base: another variant in its
+    place. All seeds of a run have one recipe (train.group), so a pair tells what differs."""
     found = {}
-    for name, seeds in results.items():
+    for name, seeds in runs.items():
         near = []
-        for other, others in results.items():
-            pairs = [(seeds[seed], others[seed]) for seed in seeds
-                     if seed in others and may_be_compared(seeds[seed], others[seed])]
-            if pairs and variant_of(others) == base != variant_of(seeds):
-                minus = [a['lowest_val_loss'] - b['lowest_val_loss'] for a, b in pairs]
-                near.append((other, settings_that_differ(*pairs[0]), minus))
+        for other, others in runs.items():
+            pairs = [(seeds[seed], others[seed]) for seed in seeds if seed in others]
+            if not (variant_of(others) == base != variant_of(seeds) and pairs) or (
+                    has_diverged(seeds) or has_diverged(others)):
+                continue
+            recipe, its = (result['recipe'] for result in pairs[0])
+            unknown = NEW & (recipe.keys() ^ its.keys())
+            differ = [key for key in sorted((recipe | its).keys() - OF_VARIANT - unknown)
+                      if recipe.get(key) != its.get(key)]
+            if pairs[0][0]['iter'] == pairs[0][1]['iter'] and not {*SAME} & {*differ}:
+                near.append(Difference(other, differ, [a[loss] - b[loss] for a, b in pairs],
+                                       statistics.mean(b[loss] for _, b in pairs)))
         if near:
-            found[name] = min(near, key=lambda candidate: len(candidate[1]))
+            found[name] = min(near, key=lambda candidate: len(candidate.differ))
     return found
 
 
@@ -121,51 +191,8 @@ def half_interval(values):
     return t * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def draw(results, found, config):
-    """Of each variant the differences over its settings, with 95 % intervals; moe is 0."""
-    figure, axes = pyplot().subplots(figsize=(7, 4), layout='constrained')
-    axes.axhline(0, color='black', linewidth=1, label=config.minus)
-    settings = list(dict.fromkeys(setting_of(name, results[name]) for name in found))
-    variants = list(dict.fromkeys(variant_of(seeds) for seeds in results.values()))
-    for i, variant in enumerate(variants):
-        points = [(settings.index(setting_of(name, results[name])), minus)
-                  for name, (_, _, minus) in found.items()
-                  if variant_of(results[name]) == variant]
-        if points:
-            axes.errorbar([x for x, _ in points], [statistics.mean(d) for _, d in points],
-                          yerr=[half_interval(d) if len(d) > 1 else 0 for _, d in points],
-                          color=COLORS[i % len(COLORS)], marker='o', capsize=4, label=variant)
-    axes.set_xticks(range(len(settings)), [LABELS.get(setting, setting) for setting in settings])
-    axes.set(ylabel=f"validation loss minus {config.minus}'s (below 0: ahead)",
-             title='Seed by seed: mean, 95 % interval')
-    axes.grid(alpha=0.3)
-    figure.legend(loc='outside right upper')
-    save_figure(figure, config.picture)
-
-
-def read_results(files):
-    """Run name -> {seed: its line}, in the order of a table."""
-    results = {}
-    for file in files:
-        try:
-            lines = [json.loads(text) for text in read_text(file).splitlines() or ['']]
-            for line in lines:           # what the tables need is there
-                order_of(line['run'], {line['seed']: line}), line['iter'], line['lowest_val_loss']
-        except (ValueError, KeyError, TypeError, OSError):
-            raise UserError(f'{file}: expected a results.jsonl of this train.py, got another file, '
-                            'or none') from None
-        for line in lines:
-            seeds = results.setdefault(line['run'], {})
-            if line['seed'] in seeds:
-                raise UserError(f'{file}: expected each run once, got {line["run"]!r}, seed '
-                                f'{line["seed"]}, again')
-            seeds[line['seed']] = line
-    return dict(sorted(results.items(), key=lambda run: order_of(*run)))
-
-
-def loss_of(seeds):
-    return mean_and_spread([result['lowest_val_loss'] for result in seeds.values()])
-
+# -----------------------------------------------------------------------------
+# tables, and single cells of them
 
 def difference_of(values):
     mean, half = statistics.mean(values), half_interval(values)
@@ -173,33 +200,66 @@ def difference_of(values):
     return f'**{text}**' if abs(mean) > half else text
 
 
-def rows_by_run(results, found, config):
-    yield ('variant', 'seeds', 'validation loss', f'minus {config.minus}', 'seeds ahead',
-           'Ent_load by layer', 'Ent_conf by layer', 'norms, max / min')
-    for name, seeds in results.items():
-        minus, ahead = '-', '-'
+def percent_of(difference):
+    """The mean and the ends of the interval, in percent of the base's loss."""
+    mean, half = statistics.mean(difference.minus), half_interval(difference.minus)
+    return [100 * loss / difference.loss for loss in (mean, mean - half, mean + half)]
+
+
+def in_words(difference):
+    """'1.5 % worse (1.0 to 2.0)', or where the interval has 0 in it '0.2 % better (1.0 better to
+    0.5 worse)'."""
+    mean, low, high = percent_of(difference)
+    text = f'{abs(mean):.1f} % ' + ('worse' if mean > 0 else 'better')
+    if not math.isfinite(low):
+        return text
+    if low < 0 < high:
+        return f'{text} ({-low:.1f} better to {high:.1f} worse)'
+    near, far = sorted((abs(low), abs(high)))
+    return f'{text} ({near:.1f} to {far:.1f})'
+
+
+def loss_of(seeds, config):
+    return 'diverged' if has_diverged(seeds) else mean_and_spread(losses_of(seeds, config.loss))
+
+
+def by_layer(seeds, key, of_layer=float):
+    """As text, for each layer the mean over seeds of what was logged under key."""
+    layers = zip(*(filter(None, result[key]) for result in seeds.values()))    # moe has no norms
+    return ' '.join(f'{statistics.mean(map(of_layer, layer)):.2f}' for layer in layers) or '-'
+
+
+def spread_of(norms):
+    return max(norms) / min(norms) if min(norms) else math.inf
+
+
+def columns_of(seeds):
+    return (by_layer(seeds, 'ent_load'), by_layer(seeds, 'ent_conf'),
+            by_layer(seeds, 'norm', spread_of))
+
+
+def rows_by_run(runs, found, config):
+    yield ('variant', 'seeds', LOSSES[config.loss], f'minus {config.minus}', 'seeds better',
+           *(() if config.short else ('Ent_load by layer', 'Ent_conf by layer',
+                                      'norms, max / min')))
+    for name, seeds in runs.items():
+        minus, better = '-', '-'
         if name in found:
-            values = found[name][2]
-            minus, ahead = difference_of(values), f'{sum(d < 0 for d in values)} of {len(values)}'
-
-        def by_layer(key, form, of_layer, seeds=seeds):
-            layers = zip(*(filter(None, r[key]) for r in seeds.values()))   # moe has no norms
-            return ' '.join(format(statistics.mean(map(of_layer, layer)), form)
-                            for layer in layers) or '-'
-        yield (name, str(len(seeds)), loss_of(seeds), minus, ahead,
-               by_layer('ent_load', '.2f', float), by_layer('ent_conf', '.2f', float),
-               by_layer('norm', '.2f', lambda norms: max(norms) / min(norms)))
+            values = found[name].minus
+            minus, better = difference_of(values), f'{sum(d < 0 for d in values)} of {len(values)}'
+        yield (name, str(len(seeds)), loss_of(seeds, config), minus, better,
+               *(() if config.short else columns_of(seeds)))
 
 
-def rows_by_setting(results, found, config):
-    variants = list(dict.fromkeys(variant_of(seeds) for seeds in results.values()))
+def rows_by_setting(runs, found, config):
+    variants = list(dict.fromkeys(variant_of(seeds) for seeds in runs.values()))
     cells = {}                           # setting -> {variant: cell}
-    for name, seeds in results.items():
+    for name, seeds in runs.items():
         variant, cell = variant_of(seeds), '-'
-        if variant == config.minus or config.losses:
-            cell = loss_of(seeds)
+        if variant == config.minus or config.losses or has_diverged(seeds):
+            cell = loss_of(seeds, config)
         elif name in found:
-            cell = difference_of(found[name][2])
+            cell = difference_of(found[name].minus)
         cells.setdefault(setting_of(name, seeds), {})[variant] = cell
     yield ('', *(variant if variant == config.minus or config.losses
                  else f'{variant}, minus {config.minus}' for variant in variants))
@@ -207,63 +267,149 @@ def rows_by_setting(results, found, config):
         yield (setting or 'default', *(row.get(variant, '') for variant in variants))
 
 
-def with_tables(page):
-    """The text of a page, its tables written anew, each by the command in its mark, and below a
-    table what differs between a run and its moe. Raises UserError."""
-    def table(match):
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            main(shlex.split(match[2]))
-        rows, *notes = printed.getvalue().strip().split('\n\n')[::2]
-        return '\n'.join([match[1] + rows, *(['', *notes, ''] if notes else []), match[3]])
+def notes_of(runs, found, config):
+    """Which runs are compared with what is not quite alike, or with nothing: lines of a list."""
+    notes = {}                                           # what is to be said -> of which runs
+    for name, seeds in runs.items():
+        if name in found:
+            differ = {*found[name].differ}
+            if differ & RATES:
+                notes.setdefault('with a learning rate of its own', []).append(name)
+            if differ - RATES:
+                note = (f'minus a run of {found[name].base} that differs in '
+                        f'{", ".join(sorted(differ - RATES))}, too')
+                notes.setdefault(note, []).append(name)
+        elif variant_of(seeds) != config.minus and not has_diverged(seeds):
+            note = f'no {config.minus} with the same seeds, data, iterations and schedule'
+            notes.setdefault(note, []).append(name)
+    return [f'- {", ".join(names)}: {note}' for note, names in notes.items()]
 
-    text = read_text(page)
-    if not text.count(MARK) == len(TABLE.findall(text)) > 0:
-        raise UserError(f'{page}: expected marks {MARK}... -->, each with its <!-- end -->, got '
-                        f'{text.count(MARK)} marks and {len(TABLE.findall(text))} tables')
-    return TABLE.sub(table, text)
 
-
-def main(arguments):
-    values, files = parse(MinusConfig, arguments, __doc__)
-    config = build(MinusConfig, values)
-    if not files:
-        raise UserError('expected a results.jsonl, got none; --help has examples')
-    if config.pages:
-        for page in files:
-            write_text(page, with_tables(page))
-        return
-    results = read_results(files)
-    variants = {variant_of(seeds) for seeds in results.values()}
+def compare(files, config):
+    """Print a table and what is to be said of its runs, or a single cell. Returns how many
+    differences are in it."""
+    runs = read_runs(files, config.loss)
+    variants = {variant_of(seeds) for seeds in runs.values()}
     if config.minus not in variants and not config.losses:
         raise UserError(f'minus: expected one of {", ".join(sorted(variants))}, got '
                         f'{config.minus!r}')
-    found = differences(results, config.minus)
+    found = differences(runs, config.minus, config.loss)
+    if config.cell:
+        known = runs if config.losses else found
+        if config.cell not in known:
+            raise UserError(f'cell: expected one of {", ".join(known)}, got {config.cell!r}')
+        print(loss_of(runs[config.cell], config) if config.losses else
+              in_words(found[config.cell]) if config.percent else
+              difference_of(found[config.cell].minus).strip('*'))
+        return 0
     rows = rows_by_setting if config.by_setting else rows_by_run
-    print_rows(list(rows(results, found, config)))
+    print_rows(list(rows(runs, found, config)))
     if config.losses:
-        return
-    print(f'\nminus {config.minus}: mean ± half of a 95 % interval (Student\'s t), bold where it '
-          'excludes 0. One\nin twenty does by chance: of ten rows without any difference, one or '
-          'more would be bold\nwith a probability of 40 %, of these '
-          f'{len(found)} with {1 - 0.95 ** len(found):.0%}')
-    own_rate = [name for name in found if {*found[name][1]} & RATES]
-    if own_rate:
-        print(f'with learning rates of their own: {", ".join(own_rate)}')
-    notes = {}                                           # what is to be said -> of which runs
-    for name, seeds in results.items():
-        if name in found and {*found[name][1]} - RATES:
-            base, differ, _ = found[name]
-            note = f'minus a run of {base} that differs in {", ".join(differ)}, too'
-        elif name not in found and variant_of(seeds) != config.minus:
-            note = f'no {config.minus} with the same seeds, data, iterations and schedule'
+        return 0
+    if notes := notes_of(runs, found, config):
+        print('\n' + '\n'.join(notes))
+    return len(found)
+
+
+# -----------------------------------------------------------------------------
+# the forest plot, and pages
+
+def forest_rows(files, config):
+    """Label -> {variant: Difference}, of aoe and aoe_whole: for each of ROWS; or, where no file is
+    in it, for each of their settings."""
+    rows = {}
+    where = {file: '/'.join(os.path.abspath(file).split(os.sep)[-2:]) for file in files}
+    known = {file for file, _ in ROWS} & {*where.values()}
+    for file in files:
+        runs = read_runs([file], config.loss)
+        for name, difference in differences(runs, 'moe', config.loss).items():
+            variant, setting = variant_of(runs[name]), setting_of(name, runs[name])
+            label = ROWS.get((where[file], setting)) if known else f'{where[file]} {setting}'
+            if label and variant in ('aoe', 'aoe_whole'):
+                row = rows.setdefault(label, {})
+                row[variant] = max(row.get(variant, difference), difference,
+                                   key=lambda candidate: len(candidate.minus))
+    if not rows:
+        raise UserError('expected results of moe and of aoe on the same seeds, got none')
+    return {label: rows[label] for label in sorted(rows, key=[*ROWS.values(), *rows].index)}
+
+
+def draw_forest(rows, config):
+    """The mean of each Difference in percent, with its 95 % interval and its number of seeds."""
+    figure, axes = pyplot().subplots(figsize=(8, 1.6 + 0.45 * len(rows)), layout='constrained')
+    axes.axvline(0, color='black', linewidth=1.5)
+    for y, row in enumerate(rows.values()):
+        if y % 2 == 0:
+            axes.axhspan(y - 0.5, y + 0.5, color='#f2f2f2', zorder=0)
+        for variant, difference in row.items():
+            (mean, low, high), n = percent_of(difference), len(difference.minus)
+            if n == 1:                                             # it has no interval
+                low = high = mean
+            at, color = y + (0.2 if variant == 'aoe' else -0.2), COLOR_OF[variant]
+            axes.plot([low, high], [at, at], color=color, linewidth=2)
+            axes.plot(mean, at, 'os'[variant == 'aoe'], color=color, markersize=7)
+            axes.annotate(f'{n} seed' + 's' * (n > 1), (high, at), (5, 0), va='center',
+                          textcoords='offset points', fontsize=8, color='#555555')
+    for variant, marker, says in (('aoe_whole', 'o', 'aoe_whole: the gate is one matrix'),
+                                  ('aoe', 's', 'aoe: the paper\'s, the gate is factorised')):
+        axes.plot([], marker=marker, color=COLOR_OF[variant], label=says)
+    figure.legend(ncols=2, loc='outside lower center', frameon=False)
+    figure.suptitle('Is AoE better than MoE?', fontsize=14)
+    for x, side, text in ((-6, 'right', '\u2190 better than MoE'), (6, 'left', 'worse \u2192')):
+        axes.annotate(text, (0, -0.5), (x, 5), ha=side, textcoords='offset points', fontsize=12)
+    axes.set_yticks(range(len(rows)), rows, fontsize=10)
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f'{LOSSES[config.loss]} minus that of MoE, in '
+             'percent: mean, 95 % interval')
+    axes.margins(x=0.12)
+    save_figure(figure, config.forest)
+
+
+def with_marked(page):
+    """The text of a page with what stands between its marks written anew. Raises UserError."""
+    text, files = read_text(page), []
+    if not text:
+        raise UserError(f'{page}: expected a page, got no file, or an empty one')
+
+    def anew(match):
+        nonlocal files
+        mark, begin, arguments, was = match.groups()
+        values, own = parse(CompareConfig, shlex.split(arguments), __doc__)
+        if begin == '=':
+            own = [os.path.join(os.path.dirname(page), file) for file in own]
+        files, config = own or files, CompareConfig(**values)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            compare(files, config)
+        now = printed.getvalue().strip()
+        if config.cell:                                            # lines of prose may break in it
+            now = was if was.split() == now.split() else now
         else:
-            continue
-        notes.setdefault(note, []).append(name)
-    if notes:
-        print('\n' + '\n'.join(f'- {", ".join(names)}: {note}' for note, names in notes.items()))
-    if config.picture:
-        draw(results, found, config)
+            now = f'\n{now}\n' + '\n' * ('\n\n' in now)            # an empty line ends its list
+        return f'{mark}{now}<!-- end -->'
+
+    begun, marked = len(re.findall(MARK, text)), len(MARKED.findall(text))
+    if not begun == marked == text.count('<!-- end -->'):
+        raise UserError(f'{page}: expected marks, each with its <!-- end -->, got {begun} marks, '
+                        f'{text.count("<!-- end -->")} ends and {marked} pairs of them')
+    try:
+        return MARKED.sub(anew, text)
+    except UserError as error:
+        raise UserError(f'{page}: {error}') from None
+
+
+def main(arguments):
+    values, files = parse(CompareConfig, arguments, __doc__)
+    config = CompareConfig(**values)
+    if config.pages:
+        for page in files:
+            write_text(page, with_marked(page))
+    elif config.forest:
+        draw_forest(forest_rows(files, config), config)
+    elif n := compare(files, config):
+        print(f'\nminus {config.minus}: mean ± half of a 95 % interval (Student\'s t), bold where '
+              'it excludes 0. One\nin twenty does by chance: of ten rows without any difference, '
+              'one or more would be bold\nwith a probability of 40 %, of these '
+              f'{n} with {1 - 0.95 ** n:.0%}')
 
 
 if __name__ == '__main__':
