@@ -8,19 +8,24 @@ import numpy as np
 import torch
 
 import prepare_data
-from conftest import ROOT, SMALL, run_script, table_of
-from sample import load_model
+import train
+from configurator import parse
+from conftest import ROOT, SMALL, table_of
+from train import Stop, TrainConfig, load_model, plan_runs
 
 sys.path.insert(0, os.path.join(ROOT, 'tests', 'tools'))
 
 import coder
-from coder import TURN, main, shares_of_code
+from coder import main, shares_of_code
 
 
 def test_the_share_of_code_against_a_loop_over_tokens(workspace, monkeypatch, capsys, refuse):
-    assert prepare_data.prose_and_code.__defaults__ == (TURN,)
-    run_script('train.py', *SMALL, '--mlp=moe,dense', '--out_dir=out/coder', cwd=workspace)
+    assert prepare_data.prose_and_code.__defaults__ == (coder.TURN,)
     monkeypatch.chdir(workspace)
+    monkeypatch.setattr(train, 'draw', lambda *_: None)            # which takes seconds
+    keys, _ = parse(TrainConfig, [*SMALL, '--mlp=moe,dense', '--out_dir=out/coder'], '')
+    for run in plan_runs({}, keys):
+        train.train(run, Stop())
     assert 'prose_and_code' in refuse(main, 'out/coder/moe')
     monkeypatch.setattr(coder, 'DATASET', 'code')
     monkeypatch.setattr(coder, 'TURN', 7)
@@ -28,7 +33,7 @@ def test_the_share_of_code_against_a_loop_over_tokens(workspace, monkeypatch, ca
     model, meta, _ = load_model('out/coder/moe', 'cpu')
     first = meta['train_tokens']
     handled = np.zeros((2, 2, 4))                                  # of layer, kind, expert
-    for start in np.linspace(0, len(text) - first - 16, 50).astype(int) + first:
+    for start in np.linspace(0, len(text) - first - 16, 60).astype(int) + first:
         tokens = [meta['vocabulary'].index(c) for c in text[start:start + 16]]
         _, _, routing = model(torch.tensor([tokens]))
         for layer, chosen in enumerate(routing.chosen.tolist()):
@@ -36,10 +41,12 @@ def test_the_share_of_code_against_a_loop_over_tokens(workspace, monkeypatch, ca
                 for expert in experts:
                     handled[layer, place // 7 % 2, expert] += 1
     shares = handled[:, 1] / handled.sum(1)
-    np.testing.assert_allclose(shares_of_code('out/coder/moe', 50), shares, atol=1e-3)
+    np.testing.assert_allclose(shares_of_code('out/coder/moe', 60), shares, atol=1e-3)
     assert 'expected a run with experts' in refuse(main, 'out/coder/dense')
     assert 'expected folders of runs' in refuse(main)
-    monkeypatch.setattr(coder, 'shares_of_code', lambda folder: torch.tensor(
-        [[0.7, 0.25, math.nan], [1.0, 0.0, 0.504]]))
-    main(['out/coder/m*'])
-    assert table_of(capsys.readouterr().out)['out/coder/moe'] == ['25 70', '0 50 100']
+    layers = torch.tensor([[0.7, 0.25, math.nan], [1.0, 0.0, 0.504]])
+    monkeypatch.setattr(coder, 'shares_of_code', lambda folder: layers[:len(folder) - 11])
+    capsys.readouterr()
+    main(['out/coder/moe', 'out/coder/m'])
+    table = table_of(capsys.readouterr().out)
+    assert (table['out/coder/moe'], table['out/coder/m']) == (['25 70', '0 50 100'], ['', ''])

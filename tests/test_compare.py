@@ -103,15 +103,15 @@ def test_numbers_in_names_sort_as_numbers():
 
 
 def test_rivals_are_variants_of_their_own_and_may_take_the_place_of_moe():
-    large, whole, gate = {'router': 'large'}, {'mlp': 'aoe'}, {'factorised': True}
+    large, norm, whole, gate = ({'router': 'large'}, {'router': 'norm'}, {'mlp': 'aoe'},
+                                {'factorised': True})
     for name, keys in {
             'dense': {'mlp': 'dense'}, 'aoe': whole | gate, 'aoe_whole': whole,
             'moe factorised': gate, 'moe factorised large router': gate | large,
-            'moe norm router': {'router': 'norm'}, 'moe wide router': {'router_std': 0.1},
-            'moe large wide router': large | {'router_std': 0.1}, 'moe x2': {'score_scale': 2.0},
-            'moe norm router x4': {'router': 'norm', 'score_scale': 4.0},
-            'moe jitter': {'jitter': 0.01}, 'moe norm router frozen': {'router': 'norm',
-                                                                       'frozen': True},
+            'moe norm router': norm, 'moe wide router': {'router_std': 0.1},
+            'moe large router wide router': large | {'router_std': 0.1},
+            'moe x2': {'score_scale': 2.0}, 'moe norm router x4': norm | {'score_scale': 4.0},
+            'moe jitter': {'jitter': 0.01}, 'moe norm router frozen': norm | {'frozen': True},
             'moe sigmoid': {'bias_step': 0.001}, 'aoe_whole virtual': whole | {'virtual': True},
             'moe': {'router_std': None, 'score_scale': 1.0, 'jitter': 0.0}}.items():
         assert variant_of(seeds_of({1: 1.0}, **{'mlp': 'moe'} | keys)) == name
@@ -213,6 +213,7 @@ def test_what_cannot_be_compared_is_refused(refuse, file):
                        (['--loss=test_loss'], "with a test_loss, got of 'moe' KeyError"),
                        (['--loss=loss'], 'loss: expected lowest_val_loss or')):
         assert says in refuse(main, known, *keys)
+    assert 'expected a table of pilot.py' in refuse(main, str(file([3])), '--table=True')
     assert 'expected an out_dir or a results.jsonl, got none' in refuse(main)
     assert 'results of moe and of aoe' in refuse(main, file([result(1.0)]), '--forest=no.png')
 

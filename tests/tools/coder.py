@@ -3,7 +3,7 @@ Does an expert become the coder? How much of what each expert of a trained model
 handles is code, on prose_and_code's validation text: half if experts ignore it.
 
     python train.py config/quick_start.py
-    python tests/tools/coder.py out/quick_start/moe "out/quick_start/aoe whole"
+    python tests/tools/coder.py out/quick_start/moe out/quick_start/aoe_whole
 
 Prints for each layer the experts' percentages, from the lowest to the highest.
 """
@@ -19,40 +19,45 @@ sys.path.insert(0, ROOT)
 
 import configurator
 import train
-from configurator import UserError
+from configurator import UserError, parse
 from model import count
-from sample import load_model, watch_experts
-from pilot import folders_of
+from pilot import TableConfig, folders_of, print_table
 
 DATASET = 'prose_and_code'
 TURN = 20_000                            # characters of prose, then as many of code, and so on
 
 
+@torch.no_grad()
 def shares_of_code(folder, windows=2000):
     """Of the tokens that each expert of the run in folder handles, the share that is code: (L, E),
     on as many windows, spread over the validation text."""
-    model, meta, _ = load_model(folder, 'cpu')
+    model, meta, _ = train.load_model(folder, 'cpu')
     data = train.Data(train.TrainConfig(dataset=DATASET), torch.device('cpu'))
     if meta['sha256'] != data.meta['sha256'] or model.config.mlp == 'dense':
         raise UserError(f'{folder}: expected a run with experts on {DATASET}, got another')
     S, E, tokens = model.config.block_size, model.config.n_expert, data.tokens['val']
     starts = np.linspace(0, len(tokens) - S, windows).astype(int)
-    place = (starts[:, None] + np.arange(S)).flatten()             # window after window
-    routing = watch_experts(model, torch.from_numpy(tokens[place].astype(np.int64)))
-    code = torch.from_numpy(place + data.meta['train_tokens']) // TURN % 2 == 1
-    return torch.stack([count(I[code], E) / count(I, E) for I in routing.chosen])
+    code, everything = [], []                                      # that experts handle: (L, E)
+    for place in torch.from_numpy(starts[:, None] + np.arange(S)).split(50):
+        is_code = (place.flatten() + data.meta['train_tokens']) // TURN % 2 == 1
+        idx = torch.from_numpy(tokens[place.numpy()].astype(np.int64))         # (50, S)
+        chosen = model(idx)[2].chosen                              # (L, T, K)
+        code.append(torch.stack([count(I[is_code], E) for I in chosen]))
+        everything.append(torch.stack([count(I, E) for I in chosen]))
+    return sum(code) / sum(everything)
 
 
 def main(arguments):
-    if {'-h', '--help'} & set(arguments):
-        return print(__doc__.strip())
+    values, patterns = parse(TableConfig, arguments, __doc__)
     rows = []
-    for folder in folders_of(arguments):
+    for folder in folders_of(patterns):
         layers = [layer[~layer.isnan()].sort().values.tolist()     # nan: handled nothing
                   for layer in shares_of_code(folder)]
         rows.append((folder, *(' '.join(f'{100 * share:.0f}' for share in layer)
                                for layer in layers)))
-    train.print_rows([('% code', *(f'layer {i}' for i in range(1, len(rows[0])))), *rows])
+    width = max(map(len, rows))                                    # not all are as deep
+    print_table([('% code', *(f'layer {i}' for i in range(1, width))),
+                 *(row + ('',) * (width - len(row)) for row in rows)], TableConfig(**values))
 
 
 if __name__ == '__main__':

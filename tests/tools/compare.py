@@ -27,6 +27,7 @@ the files of the mark before it, or for files beside the page:
 
 import contextlib
 import io
+import json
 import math
 import os
 import re
@@ -87,6 +88,7 @@ class CompareConfig:
     by_setting: bool = False             # a row for each setting, a column for each variant
     short: bool = False                  # no columns of entropies and norms
     losses: bool = False                 # with by_setting or cell: losses, and no differences
+    table: bool = False                  # the file is a table of pilot.py or coder.py: print it
     cell: str | None = None              # print the difference of this run alone
     percent: bool = False                # with cell: in percent of the loss that is subtracted
     forest: str | None = None            # draw better or worse than moe to this file, in percent
@@ -104,15 +106,14 @@ class CompareConfig:
 def variant_of(seeds):
     """By what shaped the run: 'moe factorised'; seeds: {seed: result}."""
     recipe = next(iter(seeds.values()))['recipe']
-    moe, router = recipe['mlp'] == 'moe', {'linear': '', 'norm': 'norm ', 'large': 'large '}
-    whole, scale = not recipe['factorised'], recipe.get('score_scale', 1)
-    router = router[recipe['router']] + ('wide ' if recipe.get('router_std') else '')
+    moe, whole = recipe['mlp'] == 'moe', not recipe['factorised']
+    scale = recipe.get('score_scale', 1)                 # as all below it, of rivals.patch
     parts = {'aoe_whole' if recipe['mlp'] == 'aoe' and whole else recipe['mlp']: True,
-             'factorised': moe and not whole, f'{router}router': moe and router,
-             # keys of config/who_scores/rivals.patch
-             f'x{scale:g}': scale != 1, 'jitter': recipe.get('jitter'),
-             'frozen': recipe.get('frozen'), 'sigmoid': recipe.get('bias_step'),
-             'virtual': recipe.get('virtual')}
+             'factorised': moe and not whole, 'norm router': moe and recipe['router'] == 'norm',
+             'large router': moe and recipe['router'] == 'large',
+             'wide router': recipe.get('router_std'), f'x{scale:g}': scale != 1,
+             'jitter': recipe.get('jitter'), 'frozen': recipe.get('frozen'),
+             'sigmoid': recipe.get('bias_step'), 'virtual': recipe.get('virtual')}
     return ' '.join(part for part, there in parts.items() if there)
 
 
@@ -285,9 +286,23 @@ def notes_of(runs, found, config):
     return [f'- {", ".join(names)}: {note}' for note, names in notes.items()]
 
 
+def print_table_of(file):
+    """Print what pilot.py or coder.py has written: a row for each line, its cells by column."""
+    try:
+        rows = [json.loads(line) for line in read_text(file).splitlines()]
+        print_rows([list(rows[0]), *(list(row.values()) for row in rows)])
+    except (ValueError, TypeError, AttributeError, IndexError):
+        raise UserError(f'{file}: expected a table of pilot.py or coder.py, got another file, or '
+                        'none') from None
+
+
 def compare(files, config):
     """Print a table and what is to be said of its runs, or a single cell. Returns how many
     differences are in it."""
+    if config.table:
+        for file in files:
+            print_table_of(file)
+        return 0
     runs = read_runs(files, config.loss)
     variants = {variant_of(seeds) for seeds in runs.values()}
     if config.minus not in variants and not config.losses:

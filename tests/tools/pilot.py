@@ -3,7 +3,7 @@ The pilot of the paper's Tables 1, 6 and 7: a trained MoE loses its router. For
 each token the K experts go on that have the largest norm at an inner node; the
 router only weights them. No weight changes.
 
-    python train.py config/paper/table2.py --seeds=1           # trains some
+    python train.py config/small.py config/paper/table2.py --seeds=1
     python tests/tools/pilot.py out/table2/moe*-1
 
 The arguments are folders of runs with --mlp=moe, or patterns of them. Prints the
@@ -11,12 +11,11 @@ validation loss of each choice, its mean and standard deviation where a run has
 several seeds.
 """
 
-import dataclasses
 import glob
-import json
 import math
 import os
 import sys
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -26,11 +25,18 @@ sys.path.insert(0, ROOT)
 
 import configurator
 import train
-from configurator import UserError, build, read_text
-from model import GPT, MoE, at_least_float32
+from configurator import UserError, parse, write_text
+from model import MoE, at_least_float32
 
 NODES = ('g', 'u', 'silu', 'product', 'output')
 ORDERS = (1.0, 2.0, math.inf)
+
+
+@dataclass
+class TableConfig:
+    """The keys of this script, and of coder.py."""
+    # keys
+    json: str | None = None              # write the table to this file, too, a line for each row
 
 
 def value(layer, x, i, node):
@@ -48,13 +54,6 @@ def value(layer, x, i, node):
     return y @ layer.w_o[i] if node == 'output' else y             # (T, D) or (T, d_ffn)
 
 
-def choose_by(layer, scores):
-    """Let a MoE choose by the scores (T, E) = scores(layer, x), and weight by its router."""
-    seen = {}
-    layer.register_forward_pre_hook(lambda _, arguments: seen.update(x=arguments[0]))
-    layer.choose = lambda p: type(layer).choose(layer, scores(layer, seen['x']))
-
-
 def norms(node, order):
     """scores for choose_by: the norm of a node in every expert."""
     def scores(layer, x):
@@ -63,9 +62,20 @@ def norms(node, order):
     return scores
 
 
-CHOICES = {'router': None,
+CHOICES = {'router': MoE.route,
            'random': lambda layer, x: torch.rand(len(x), len(layer.w_p), device=x.device)}
 CHOICES |= {f'{node}.L{order:g}': norms(node, order) for node in NODES for order in ORDERS}
+
+
+def choose_by(layer, scores):
+    """Let a MoE choose by the scores (T, E) = scores(layer, x), and weight by its router."""
+    seen = {}
+
+    def route(x):
+        seen['x'] = x
+        return MoE.route(layer, x)
+    layer.route = route
+    layer.choose = lambda p: MoE.choose(layer, scores(layer, seen['x']))
 
 
 def folders_of(patterns):
@@ -76,62 +86,52 @@ def folders_of(patterns):
 
 
 def read_runs(folders):
-    """Run name -> [(TrainConfig, checkpoint)], one for each seed. Refuses, with a UserError, what
-    is no moe, and what cannot be averaged."""
-    runs, first = {}, {}
+    """Run -> {seed: result}, each with its folder. Seeds of other recipes are other runs."""
+    results = []
     for folder in folders:
-        checkpoint = train.load_checkpoint(os.path.join(folder, 'best.pt'), 'cpu')
         try:
-            about = json.loads(read_text(os.path.join(folder, 'config.json')))
-            name, seed, dataset = about['name'], about['seed'], about['dataset']
-            kind = {**about['shape'], 'seed': None, 'iter': about['iter']}
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f'{folder}: expected a config.json of this train.py, got another, or '
+            results.append(train.read_result(folder) | {'folder': folder})
+        except (ValueError, TypeError, KeyError, IndexError):
+            raise UserError(f'{folder}: expected the folder of a run of train.py, got another, or '
                             'none') from None
-        if kind['mlp'] != 'moe':
-            raise UserError(f'{folder}: expected a run with --mlp=moe, got {kind["mlp"]}')
-        was = first.setdefault(name, kind)
-        differ = [key for key in was | kind if was.get(key) != kind.get(key)]
-        if differ:
-            raise UserError(f'{folder}: expected settings as in the folder of {name} before, got '
-                            f'another {", ".join(differ)}')
-        seeds = runs.setdefault(name, [])
-        if seed in [config.seed for config, _ in seeds]:
-            raise UserError(f'{folder}: expected another seed of {name}, got {seed} again')
-        recipe = {field.name for field in dataclasses.fields(train.Recipe)}
-        settings = {key: value for key, value in checkpoint['shape'].items() if key in recipe}
-        config = build(train.TrainConfig, {**settings, 'name': name, 'dataset': dataset})
-        seeds.append((config, checkpoint))
-    return runs
+        if results[-1]['recipe']['mlp'] != 'moe':
+            raise UserError(f'{folder}: expected a run with --mlp=moe, got '
+                            f'{results[-1]["recipe"]["mlp"]}')
+    return train.group(results)
 
 
-def evaluate(config, checkpoint, scores):
-    """The validation loss with experts chosen by the scores of CHOICES; None: by the router."""
-    device = train.choose_device(config.device)
-    data = train.Data(config, device)
-    if not data.meta['sha256'].startswith(checkpoint['shape']['sha256']):
-        raise UserError(f'{config.dataset}: expected the text that the run was trained on, got '
+def losses_of(result):
+    """The validation loss of a run with experts chosen by each of CHOICES."""
+    device, recipe = train.choose_device('auto'), result['recipe']
+    model, meta, dtype = train.load_model(result['folder'], device)
+    data = train.Data(train.TrainConfig(dataset=result['dataset'], **{
+        key: recipe[key] for key in ('block_size', 'batch_size', 'eval_iters')}), device)
+    if data.meta['sha256'] != meta['sha256']:
+        raise UserError(f'{result["dataset"]}: expected the text of {result["folder"]}, got '
                         'another')
-    torch.manual_seed(config.seed)                                 # of the random choice
-    model = GPT(config).to(device)
-    model.load_state_dict(checkpoint['model'])
-    for layer in model.modules():
-        if isinstance(layer, MoE) and scores:
-            choose_by(layer, scores)
-    dtype = getattr(torch, config.dtype)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    return train.evaluate(model, data, autocast, ['val'])['val_loss']
+    torch.manual_seed(result['seed'])                              # of the random choice
+    autocast, losses = torch.autocast(device.type, dtype, enabled=dtype != torch.float32), []
+    for scores in tqdm(CHOICES.values(), desc=result['folder'], unit='choice', disable=None):
+        for layer in model.modules():
+            if isinstance(layer, MoE):
+                choose_by(layer, scores)
+        losses.append(train.evaluate(model, data, autocast, ['val'])['val_loss'])
+    return losses
+
+
+def print_table(rows, config):
+    """Print rows of strings, and write them to config.json: an object for each, by column."""
+    train.print_rows(rows)
+    if config.json:
+        write_text(config.json, train.as_lines(dict(zip(rows[0], row)) for row in rows[1:]))
 
 
 def main(arguments):
-    if {'-h', '--help'} & set(arguments):
-        return print(__doc__.strip())
-    runs = read_runs(folders_of(arguments))
-    rows = [('chosen by', *runs)]
-    for choice, scores in tqdm(CHOICES.items(), unit='choice', disable=None):
-        losses = [[evaluate(*run, scores) for run in seeds] for seeds in runs.values()]
-        rows.append((choice, *map(train.mean_and_spread, losses)))
-    train.print_rows(rows)
+    values, patterns = parse(TableConfig, arguments, __doc__)
+    runs = read_runs(folders_of(patterns))
+    columns = [map(train.mean_and_spread, zip(*map(losses_of, seeds.values())))
+               for seeds in runs.values()]
+    print_table([('chosen by', *runs), *zip(CHOICES, *columns)], TableConfig(**values))
 
 
 if __name__ == '__main__':
