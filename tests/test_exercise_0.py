@@ -3,6 +3,8 @@
 import os
 import sys
 
+import pytest
+
 from configurator import read_text
 from conftest import ROOT
 
@@ -10,37 +12,36 @@ sys.path.insert(0, os.path.join(ROOT, 'tests', 'tools'))
 
 from exercise_0 import YOURS, emptied, judge, main
 
+WHOLE = read_text(os.path.join(ROOT, 'model.py'))
 
-def test_the_copy_is_red_until_it_is_filled_in(tmp_path):
-    whole, yours = read_text(os.path.join(ROOT, 'model.py')), tmp_path / 'model.py'
-    for source, reds in ((emptied(whole), 4), (whole, 0)):
-        yours.write_text(source, encoding='utf-8')
-        assert len(judge(yours)) == reds
-    for right, wrong, reds in (
-            ('choose(p.detach())', 'choose(-p)', 4),
-            ('w = self.weigh(p, I)', 'w = p.softmax(-1).gather(1, I)', 4),
-            ('return C, norm(C)', 'return C, norm(C) ** 2', 2),
-            ('experts(x, I, w, C)', 'experts(x, I, w.detach(), C)', 2),
-            ('return h, self.routing(p, I, w)', 'return h, Routing(p, I, w, p.new_zeros(()))', 4),
-            ('return h, self.routing(p, I, w)', 'return h, self.routing(p.detach(), I, w)', 4),
-            ('return h, self.routing(p, I, w)', 'return h, self.routing(p, I * 0, w)', 4),
-            ('import math', 'import maths', 4), ('import math', 'import math (', 4)):
-        yours.write_text(whole.replace(right, wrong), encoding='utf-8')
-        assert len(judge(yours)) == reds, wrong
+
+@pytest.mark.parametrize('right, wrong, reds', (
+    ('', '', 0),
+    ('I = self.choose(p)', 'I = self.choose(-p)', 4),
+    ('w = self.weigh(p, I)', 'w = p.softmax(-1).gather(1, I)', 4),
+    ('return C, norm(C)', 'return C, norm(C) ** 2', 2),
+    ('experts(x, I, w, C)', 'experts(x, I, w.detach(), C)', 2),
+    ('self.auxiliary_loss(p, I))', 'p.new_zeros(()))', 4),
+    ('self.auxiliary_loss(p, I))', 'self.auxiliary_loss(p.detach(), I))', 4),
+    ('Routing(p.detach(), I,', 'Routing(p.detach(), I * 0,', 4),
+    ('import math', 'import maths', 4), ('import math', 'import math (', 4)))
+def test_an_edit_that_is_not_the_papers_is_red(right, wrong, reds, tmp_path):
+    assert right in WHOLE
+    yours = tmp_path / 'model.py'
+    yours.write_text(WHOLE.replace(right, wrong) if right else WHOLE, encoding='utf-8')
+    assert len(judge(yours)) == reds
 
 
 def test_the_command_makes_the_copy_and_keeps_what_is_in_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for printed in ('made out/exercise_0/model.py', 'red    moe, whole gate: NotImpl'):
-        try:
+        with pytest.raises(SystemExit) as end:
             main([])
-        except SystemExit as end:
-            assert end.code
-        assert printed in capsys.readouterr().out
+        assert end.value.code and printed in capsys.readouterr().out
+    empty = read_text(YOURS)
+    assert empty == emptied(WHOLE) and empty.count('yours to write: Algorithm') == 2
     with open(YOURS, 'w', encoding='utf-8') as file:
-        file.write(read_text(os.path.join(ROOT, 'model.py')))
-    try:
+        file.write(WHOLE)
+    with pytest.raises(SystemExit) as end:
         main([])
-    except SystemExit as end:
-        assert not end.code
-    assert 'green' in capsys.readouterr().out
+    assert not end.value.code and 'green' in capsys.readouterr().out

@@ -5,8 +5,9 @@ Exercise 0: write MoE and AoE yourself.
 
 makes out/exercise_0/model.py, a copy of model.py in which MoE.forward and AoE.forward
 are empty. Fill them in, by Algorithms 1 and 2 of the paper, with what is there: route
-or look, choose, weigh, experts and routing. The same command then judges them, by a
-loop over tokens and experts written from the paper, with both ways to make a gate.
+or look, choose, weigh, experts, auxiliary_loss and Routing. The same command then
+judges them, by a loop over tokens and experts written from the paper, with both ways
+to make a gate.
 """
 
 import ast

@@ -25,7 +25,7 @@ sys.path.insert(0, ROOT)
 import configurator
 from configurator import UserError
 from model import MLPS, GPTConfig
-from train import pyplot, save_figure
+from train import COLOR_OF, pyplot, save_figure
 
 D, SIGMAS, STEPS = 64, 3.0, 300          # SIGMAS: each number of a mean is this far from 0
 SIGN = torch.tensor([1.0, -1.0, 0.0])    # the mean of each class, in units of SIGMAS
@@ -39,7 +39,8 @@ def draw_tokens(n, classes):
 
 def shares(mlp, seed):
     """Train the layer and a linear head on both stages. Returns after each (share of each class's
-    tokens that expert 2 handles, accuracy on the classes that were trained)."""
+    tokens that the first class's expert handles, accuracy on the classes that were trained). The
+    first class's is the expert that handles most of it: of its share s in one, max(s, 1 - s)."""
     torch.manual_seed(seed)
     layer = MLPS[mlp](GPTConfig(mlp=mlp, n_embd=D, n_head=1, n_expert=2, top_k=1, d_ffn=D, d_low=8))
     head = torch.nn.Linear(D, 3, bias=False)
@@ -57,8 +58,9 @@ def shares(mlp, seed):
         with torch.no_grad():
             h, routing = layer(x)
             expert, right = routing.chosen[:, 0], head(h).argmax(1) == label
-        results.append(([(expert[label == k] == 1).float().mean().item() for k in range(3)],
-                        right[label < classes].float().mean().item()))
+        main_expert = expert[label == 0].mode().values
+        results.append(([(expert[label == k] == main_expert).float().mean().item()
+                         for k in range(3)], right[label < classes].float().mean().item()))
     return results
 
 
@@ -75,16 +77,18 @@ def main(arguments):
             classes = stage + 2
             for seed, results in enumerate(seeds):
                 share, accuracy = results[stage]
-                print(f'{mlp}, seed {seed}, stage {stage + 1}: expert 2 handles '
+                print(f'{mlp}, seed {seed}, stage {stage + 1}: the first class\'s expert handles '
                       + ', '.join(f'{s:.2f}' for s in share[:classes])
                       + f'; accuracy {accuracy:.3f}')
                 axes.bar([k + (seed - 1) * 0.25 for k in range(classes)], share[:classes], 0.22,
-                         color=('#0072B2', '#D55E00', '#009E73')[seed], label=f'seed {seed}')
+                         color=COLOR_OF[mlp])
             means = [f'mean {sign * SIGMAS:g}' for sign in SIGN[:classes].tolist()]
             axes.set_xticks(range(classes), means)
             axes.set(title=f'{mlp}, stage {stage + 1}', ylim=(0, 1))
-        row[0].set_ylabel('share that expert 2 handles')
-    panels[0, 0].legend(fontsize=8)
+        for axes in row:
+            axes.axhline(0.5, color='black', linestyle='--', linewidth=1)
+    figure.supylabel('share of a class that goes to the first class\'s expert')
+    figure.supxlabel('a bar: a seed; dashed: as many go to the other expert', fontsize=9)
     with contextlib.suppress(OSError):                             # save_figure says what hinders
         os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     save_figure(figure, path)
