@@ -1,9 +1,11 @@
-"""config/who_scores/rivals.patch: it fits model.py, its keys do what config/who_scores/rivals.py says of them, and that
-experiment runs."""
+"""config/who_scores/rivals.patch: it fits model.py, its keys do what the configs beside it say of
+them, and those run."""
 
+import dataclasses
 import glob
 import importlib.util
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from configurator import UserError, read_config_file, read_text
 from conftest import ROOT, SMALL
+from model import GPTConfig
+from train import TrainConfig, plan_runs
 
 
 @pytest.fixture(scope='module')
@@ -21,19 +26,23 @@ def patched(tmp_path_factory):
     folder = tmp_path_factory.mktemp('patched')
     for file in glob.glob(os.path.join(ROOT, '*.py')):
         shutil.copy(file, folder)
-    shutil.copytree(os.path.join(ROOT, 'config'), folder / 'config')
-    subprocess.run(['git', 'apply', 'config/who_scores/rivals.patch'], cwd=folder, check=True)
+    patch = os.path.join(ROOT, 'config', 'who_scores', 'rivals.patch')
+    subprocess.run(['git', 'apply', patch], cwd=folder, check=True)
     return folder
 
 
-@pytest.fixture
-def layer(patched):
-    """layer(mlp, **keys) of the patched model.py, with numbers in its parameters."""
+@pytest.fixture(scope='module')
+def module(patched):
+    """The patched model.py."""
     spec = importlib.util.spec_from_file_location('patched', patched / 'model.py')
-    module = importlib.util.module_from_spec(spec)
-    sys.modules['patched'] = module                                # where dataclasses look it up
+    module = sys.modules['patched'] = importlib.util.module_from_spec(spec)    # for dataclasses
     spec.loader.exec_module(module)
+    return module
 
+
+@pytest.fixture
+def layer(module):
+    """layer(mlp, **keys) of the patched model.py, with numbers in its parameters."""
     def make(mlp, **keys):
         torch.manual_seed(0)
         config = module.GPTConfig(mlp=mlp, n_embd=32, n_head=2, d_ffn=48, n_expert=4, **keys)
@@ -44,10 +53,12 @@ def layer(patched):
     return make
 
 
-@pytest.mark.parametrize('mlp, factorised', (('moe', False), ('moe', True), ('aoe', True),
-                                             ('aoe', False)))
-def test_frozen_scorers_stay_as_they_were_drawn(layer, mlp, factorised):
-    m, x = layer(mlp, factorised=factorised, frozen=True, aux_weight=0.1), torch.randn(64, 32)
+@pytest.mark.parametrize('mlp, keys, scorer', (
+    ('moe', {'factorised': False}, 'router'), ('moe', {'factorised': True}, 'router'),
+    ('moe', {'router': 'norm', 'd_low': 8}, 'router_in'),
+    ('aoe', {'factorised': True}, 'w_down'), ('aoe', {'factorised': False}, 'w_g')))
+def test_frozen_scorers_stay_as_they_were_drawn(layer, mlp, keys, scorer):
+    m, x = layer(mlp, frozen=True, aux_weight=0.1, **keys), torch.randn(64, 32)
     before = {name: p.detach().clone() for name, p in m.named_parameters()}
     optimizer = torch.optim.AdamW(m.parameters(), weight_decay=0.1)
     for _ in range(2):
@@ -56,10 +67,10 @@ def test_frozen_scorers_stay_as_they_were_drawn(layer, mlp, factorised):
         optimizer.step()
     m.eval()(x)
     change = {name: p.detach() - before[name] for name, p in m.named_parameters()}
-    judges = change.pop('router' if mlp == 'moe' else 'w_down' if factorised else 'w_g')
-    if mlp == 'aoe' and not factorised:
+    judges = change.pop(scorer)
+    if scorer == 'w_g':                                            # the other neurons learn
         judges, change['w_g'] = judges.split([m.config.d_judge, 48 - m.config.d_judge], dim=2)
-    assert not judges.any() and all(c.any() for c in change.values())
+    assert not judges.any() and change and all(c.any() for c in change.values())
 
 
 def test_sigmoid_scores_are_balanced_by_a_bias(layer):
@@ -88,21 +99,54 @@ def test_the_virtual_expert_is_all_that_the_judges_make(layer):
     torch.testing.assert_close(m(x)[0], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('refused', ('--mlp=aoe --virtual=True', '--mlp=moe --virtual=True',
-                                     '--mlp=dense --frozen=True', '--mlp=aoe --bias_step=0.1',
-                                     '--mlp=moe --bias_step=-1'))
-def test_what_is_no_rival_is_refused(refused, patched):
-    process = subprocess.run([sys.executable, 'train.py', *refused.split()], cwd=patched,
-                             capture_output=True, text=True, timeout=100)
-    key = refused.split('--')[-1].partition('=')[0]
-    assert process.returncode == 2 and process.stderr.startswith(f'error: {key}: expected')
+@pytest.mark.parametrize('mlp', ('moe', 'aoe'))
+def test_scores_are_multiplied_and_in_training_jitter(layer, mlp):
+    x = torch.randn(64, 32)
+    p = layer(mlp)(x)[1].scores
+    torch.testing.assert_close(layer(mlp, score_scale=4.0)(x)[1].scores, 4 * p)
+    m = layer(mlp, jitter=0.25)
+    ratio = m(x)[1].scores / p
+    assert 0.75 <= ratio.min() < 0.78 and 1.22 < ratio.max() <= 1.25
+    torch.testing.assert_close(m.eval()(x)[1].scores, p)
 
 
-def test_the_experiment_runs_when_patched_and_is_refused_when_not(patched, workspace):
-    command = ['config/paper/table2.py', 'config/who_scores/rivals.py', *SMALL, '--max_iters=1',
-               '--data_dir=' + str(workspace / 'data'), '--seeds=1', f'--out_dir={patched}/out']
-    for folder, status in ((patched, 0), (ROOT, 2)):
-        process = subprocess.run([sys.executable, 'train.py', *command], cwd=folder,
-                                 capture_output=True, text=True, timeout=170)
-        assert process.returncode == status, process.stderr
-    assert len(process.stderr.splitlines()) == 1 and 'frozen' in process.stderr
+def test_router_std_is_of_a_routers_last_matrix(module):
+    def spread(**keys):
+        torch.manual_seed(0)
+        gpt = module.GPT(module.GPTConfig(mlp='moe', n_embd=96, n_expert=16, vocab_size=9, **keys))
+        return {name: p.std().item() for name, p in gpt.named_parameters() if p.dim() > 1}
+    for keys in ({}, {'router': 'large'}):
+        before, wide = spread(**keys), spread(router_std=0.3, **keys)
+        changed = {name for name in wide if abs(wide[name] / before[name] - 1) > 0.1}
+        assert changed == {f'blocks.{i}.mlp.router' for i in range(4)}
+        assert all(0.27 < wide[name] < 0.33 and before[name] < 0.03 for name in changed)
+
+
+@pytest.mark.parametrize('mlp, key, value', (
+    ('aoe', 'virtual', True), ('moe', 'virtual', True), ('dense', 'frozen', True),
+    ('aoe', 'bias_step', 0.1), ('moe', 'bias_step', -1)))
+def test_what_is_no_rival_is_refused(module, mlp, key, value):
+    with pytest.raises(ValueError, match=f'^{key}: expected'):
+        module.GPTConfig(mlp=mlp, **{key: value})
+
+
+@pytest.mark.parametrize('config', [
+    path for path in glob.glob(f'{ROOT}/config/who_scores/*.py')
+    if 'git apply config/who_scores/rivals.patch' in read_text(path)])
+def test_configs_are_of_keys_that_the_patch_knows_and_refused_without_it(config, module):
+    runs = runpy.run_path(config)['runs']
+    rivals = {field.name for field in dataclasses.fields(module.GPTConfig)}
+    for keys in runs.values():
+        module.GPTConfig(n_embd=96, **{key: value for key, value in keys.items() if key in rivals})
+        assert keys.keys() <= rivals | {'learning_rate', 'dtype'}
+    if {key for keys in runs.values() for key in keys} & rivals - set(vars(GPTConfig())):
+        with pytest.raises(UserError, match='no such key'):
+            plan_runs(read_config_file(TrainConfig, config), {})
+
+
+@pytest.mark.slow
+def test_the_experiment_runs_with_the_patch(patched, workspace):
+    configs = [f'{ROOT}/config/{name}.py' for name in ('small', 'who_scores/rivals')]
+    subprocess.run([sys.executable, 'train.py', *configs, *SMALL, '--max_iters=1', '--seeds=1',
+                    '--jobs=1', f'--data_dir={workspace}/data', f'--out_dir={patched}/out'],
+                   cwd=patched, check=True)
