@@ -6,13 +6,19 @@ Let a trained model write.
     python sample.py out/quick_start/aoe --num_samples=3 --seed=1
     python sample.py out/quick_start/aoe --show_experts=True --layer=2
 
-The argument is the folder of a run. Its best.pt brings its own configuration
-and tokenizer. --show_experts=True colours each token by its first expert, or
-writes the expert's number under it where there is no terminal (or NO_COLOR),
-and writes experts.html beside best.pt: all layers, and for a token under the
-mouse all its experts, their weights and scores.
+The argument is the folder of a run. Its best.pt brings settings and tokenizer.
+--show_experts=True colours each token by its first expert, which has the largest
+weight; where there is no terminal (or NO_COLOR) the expert's number stands below.
+It also writes experts.html beside best.pt, for a browser: all layers, what stands
+out in them, and for the token that you point at the scores of all experts.
 """
 
+import signal
+
+if __name__ == '__main__':               # Ctrl-C while the next lines import: end without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import json
 import os
 import re
 import sys
@@ -21,48 +27,35 @@ from html import escape
 
 import torch
 
-from configurator import UserError, build, expect, parse, run, write_text
-from model import GPT, GPTConfig, Routing
+from configurator import UserError, expect, parse, run, write_text
+from model import Routing
 from prepare_data import tokenizer_from
-from train import choose_device, load_checkpoint, load_weights
+from train import CLASSES, choose_device, load_model, read_log
 
 
 @dataclass
 class SampleConfig:
-    """The keys of this script."""
-    # keys
+    """The keys of this script; the comments between them are headings of --help."""
+    # text
     prompt: str = '\n'                   # the text to go on from
     num_samples: int = 1                 # texts to write
     max_new_tokens: int = 500            # length of each, in tokens
     temperature: float = 0.8             # below 1: safer, above: wilder, 0: always the likeliest
     vocab_top_k: int | None = None       # draw from that many likeliest tokens only; None: from all
     seed: int = 1337                     # the same seed draws the same texts
+    # experts
     show_experts: bool = False           # show which expert took each token, and write experts.html
-    layer: int = 1                       # for show_experts: the layer to print, from 1
+    layer: int = 1                       # the layer to show, from 1
+    # machine
     device: str = 'auto'                 # auto: cuda, else mps, else cpu
-    data_dir: str = 'data'               # where gpt2's table lies, if it had to be fetched
+    data_dir: str = 'data'               # where gpt2's tokenizer file lies, if it had to be fetched
 
     def __post_init__(self):
-        expect(self, 'num_samples max_new_tokens vocab_top_k layer', 'a positive number',
-               lambda n: n > 0)
+        expect(self, ('num_samples', 'max_new_tokens', 'vocab_top_k', 'layer'),
+               'a positive number', lambda n: n > 0)
         expect(self, 'seed', '0 or more and below 2^62', lambda seed: 0 <= seed < 2**62)
         expect(self, 'temperature', '0, or 0.001 or more', lambda t: t == 0 or t >= 0.001)
         expect(self, 'prompt', 'at least one character', lambda prompt: prompt)
-
-
-def load_model(folder, device):
-    """The best model of the run in folder, its tokenizer's meta, and the dtype it trained in."""
-    path = os.path.join(folder, 'best.pt')
-    checkpoint = load_checkpoint(path, device)
-    shape = checkpoint['shape']          # the model's keys and others
-    values = {key: value for key, value in shape.items() if hasattr(GPTConfig, key)}
-    if values.get('select') == 'expert_choice':
-        print('expert_choice needs the tokens to come: experts are chosen by top_k here',
-              file=sys.stderr)
-        values['select'] = 'top_k'
-    model = GPT(build(GPTConfig, values))
-    load_weights(model, checkpoint, path)
-    return model.eval().to(device), checkpoint['meta'], getattr(torch, shape['dtype'])
 
 
 # -----------------------------------------------------------------------------
@@ -70,13 +63,13 @@ def load_model(folder, device):
 
 # Paul Tol's light scheme: black letters can be read on it, and all readers tell it apart
 PALETTE = ['#77AADD', '#EE8866', '#EEDD88', '#FFAABB', '#99DDFF', '#44BB99', '#BBCC33', '#AAAA00']
-LINE_END = '\u00b6'                      # the line's end is a token, too
+LINE_END = '\u00b6'                      # a line end is a token, too, and drawn as this
 
 
 @torch.no_grad()
 def watch_experts(model, tokens):
-    """The Routing (L, S, ...) of tokens (S,), read in windows of block_size; a token's heaviest
-    expert comes first."""
+    """The Routing (L, S, ...) of tokens (S,); a token's heaviest expert comes first. As in training
+    they are read in windows of block_size: the first token of each has no context."""
     windows = [model(window[None])[2] for window in tokens.split(model.config.block_size)]
     scores, chosen, weights = (torch.cat(parts, dim=1) for parts in list(zip(*windows))[:3])
     order = weights.argsort(descending=True)
@@ -89,86 +82,172 @@ def without_controls(text):
 
 
 def color_text(texts, experts):
-    """The texts of tokens, each on the colour of its expert, for a terminal."""
+    """For a terminal: the texts of tokens, each on the colour of its expert."""
     def paint(text, expert):
         red, green, blue = bytes.fromhex(PALETTE[expert % 8][1:])
         return f'\033[48;2;{red};{green};{blue};30m{text}\033[0m'
     legend = ' '.join(paint(f' {expert} ', expert) for expert in sorted(set(experts)))
-    lines = [f'experts {legend}', '']
-    for text, expert in zip(texts, experts):
-        first, *others = text.replace('\n', f'{LINE_END}\n').split('\n')
-        lines[-1] += paint(first, expert)
-        lines += [paint(part, expert) if part else '' for part in others]
-    return '\n'.join(lines)
+    painted = (paint(text.replace('\n', LINE_END), expert) + '\n' * text.count('\n')
+               for text, expert in zip(texts, experts))
+    return f'expert {legend}   {LINE_END} line end\n\n{"".join(painted)}'
 
 
-def number_text(texts, experts, width=80):
-    """The texts of tokens in lines of at most width, each with the numbers of experts under it."""
-    lines, upper, lower = [], '', ''
-    for text, expert in zip(texts, experts):
-        text = text.replace('\n', LINE_END)
-        column = max(len(text), len(str(expert)))
-        if len(upper) + column > width:
-            lines, upper, lower = [*lines, upper, lower], '', ''
-        upper, lower = upper + text.ljust(column), lower + str(expert).ljust(column)
-        if text.endswith(LINE_END):
-            lines, upper, lower = [*lines, upper, lower], '', ''
-    return '\n'.join([*lines, upper, lower]).rstrip('\n')
+def number_text(texts, experts):
+    """For a file: the texts of tokens, and below each line of them its experts' numbers."""
+    upper, lower = '', ''
+    for text, expert in zip(texts, map(str, experts)):
+        width, end = max(len(text), len(expert)), '\n' * text.endswith('\n')
+        upper += text.replace('\n', LINE_END).ljust(width) + end
+        lower += expert.ljust(width) + end
+    return '\n'.join(map('\n'.join, zip(upper.split('\n'), lower.split('\n')))).rstrip('\n')
 
 
-def experts_page(name, texts, routing, score):
-    """An HTML page: the texts of tokens, once for each layer; score is what scores are called."""
-    colors = ''.join(f'.e{i}{{background:{color}}}' for i, color in enumerate(PALETTE))
-    parts = [f'<!doctype html><meta charset="utf-8"><title>{escape(name)}</title><style>{colors}'
-             'body{max-width:50em;margin:2em auto} pre{white-space:pre-wrap}</style>'
-             'Each token has the colour of its first expert. Point at one to see all.']
-    facts = (part.tolist() for part in routing[:3])
-    for layer, (scores, chosen, weights) in enumerate(zip(*facts), 1):
-        used = sorted({experts[0] for experts in chosen})
-        legend = ' '.join(f'<span class="e{i % 8}">&nbsp;{i}&nbsp;</span>' for i in used)
-        parts.append(f'<h2>layer {layer}</h2>{legend}<pre>')
-        for text, p, I, w in zip(texts, scores, chosen, weights):
-            told = ', '.join(f'expert {i}: weight {weight:.2f}, {score} {p[i]:.2f}'
-                             for i, weight in zip(I, w) if i >= 0)
-            parts.append(f'<span class="e{I[0] % 8}" title="{escape(repr(text))} {told}">'
-                         + escape(text).replace('\n', f'{LINE_END}\n') + '</span>')
-        parts.append('</pre>')
-    return ''.join(parts)
+def stand_outs(entry):
+    """What stands out in an evaluation, an entry of log.jsonl: for each layer the experts that
+    handle a quarter more of a class of characters than of all, as [(expert, text), ...], such as
+    (3, '91 % of the line ends, 64 % of the capitals (25 % of all)')."""
+    names, layers = (*CLASSES[:-1], 'digits and punctuation'), []
+    for loads, per_token, class_load in zip(entry['load'], entry['experts_per_token'],
+                                            entry['class_load']):
+        found = []
+        for expert, load in enumerate(loads):
+            share = load * per_token                               # of all characters
+            parts = zip([of_class[expert] for of_class in class_load], names)
+            told = [f'{100 * part:.0f} % of the {name}' for part, name in sorted(parts)[::-1]
+                    if part - share >= 0.25]
+            if told:
+                found.append((expert, f'{", ".join(told)} ({100 * share:.0f} % of all)'))
+        layers.append(found)
+    return layers
 
+
+def experts_page(name, texts, routing, config, layer, notes):
+    """A page of HTML that needs nothing else: which experts took the texts of tokens. It opens with
+    layer, from 1; notes are those of stand_outs. Texts are escaped, so no < is in the data."""
+    scores, weights = (part.cpu().double().round(decimals=3)
+                       for part in (routing.scores, routing.weights))
+    k = config.top_k if config.select == 'top_k' else 'some'
+    return PAGE.replace('DATA', json.dumps({
+        'about': f'{escape(name)} gives each token to {k} of {config.n_expert} experts.',
+        'layer': layer - 1, 'notes': notes, 'palette': PALETTE,
+        'texts': [escape(text).replace('\n', f'{LINE_END}\n') for text in texts],
+        'chosen': routing.chosen.tolist(), 'weights': weights.tolist(), 'scores': scores.tolist(),
+        'score': 'norm' if config.mlp == 'aoe' else 'score',
+        'low': min(0, scores.min().item()), 'high': max(0, scores.max().item())}))
+
+
+PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Which expert took which token?</title>
+<style>
+  :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+  body { max-width: 58em; margin: auto; padding: 1em }
+  h1 { font-size: 1.5em; margin: 0 }
+  main { display: grid; grid-template-columns: 1fr 19em; gap: 1.5em; align-items: start }
+  pre { font: 15px/1.6 monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
+  button { font: inherit; min-width: 2em; padding: 0 0.4em; border: 0; cursor: pointer }
+  .on { outline: 2px solid CanvasText; position: relative; z-index: 1 }
+  aside { position: sticky; top: 0; bottom: 0; max-height: 100vh; overflow: auto;
+          padding: 2px; background: Canvas }
+  aside div { display: grid; grid-template-columns: 3em 1fr 3.5em 4em; align-items: center }
+  aside i { height: 1em; background: gray }
+  @media (max-width: 45em) {
+    :root { font-size: 14px } main { display: block }
+    aside { max-height: 50vh; border-top: 1px solid } }
+</style>
+<h1>Which expert took which token?</h1>
+<p><span id="about"></span> Its colour is that of the first, which has the largest weight. Point at
+a token for its scores; press an expert for its tokens.</p>
+<p>layer <span id="layers"></span></p>
+<p>expert <span id="legend"></span> &nbsp;&para;&nbsp;line&nbsp;end</p>
+<p id="notes"></p>
+<main><pre id="text"></pre><aside id="token"></aside></main>
+<script>
+const data = DATA
+let layer = data.layer, token = 0, only = null   // only: the expert whose tokens alone are coloured
+
+const put = (id, parts) => document.getElementById(id).innerHTML = parts.join('')
+const color = i => `color: black; background: ${data.palette[i % 8]}`
+const expert = i => `<button style="${color(i)}" class="${i === only ? 'on' : ''}"
+  onclick="only = ${i === only ? null : i}; drawLayer()">${i}</button>`
+
+function drawLayer() {
+  put('about', [data.about])
+  put('layers', data.scores.map((_, l) => `<button class="${l === layer ? 'on' : ''}"
+    onclick="layer = ${l}; drawLayer()">${l + 1}</button>`))
+  put('legend', data.scores[0][0].map((_, i) => expert(i)))
+  const notes = (data.notes[layer] ?? []).map(([i, s]) => `<br>expert ${expert(i)} takes ${s}`)
+  put('notes', notes.length ? ['Of the whole validation text', ...notes] : [])
+  put('text', data.texts.map((text, t) => {
+    const chosen = data.chosen[layer][t], shown = only === null || chosen.includes(only)
+    return `<span style="${shown ? color(only ?? chosen[0]) : ''}"
+      onpointerover="token = ${t}; drawToken()">${text}</span>`
+  }))
+  drawToken()
+}
+
+function drawToken() {
+  const head = `<div><b>"${data.texts[token]}"</b><b></b><b>${data.score}</b><b>weight</b></div>`
+  const percent = 100 / (data.high - data.low)
+  put('token', [head, ...data.scores[layer][token].map((score, i) => {
+    const place = data.chosen[layer][token].indexOf(i)             // -1: not chosen
+    const weight = data.weights[layer][token][place]
+    return `<div><span>${expert(i)}</span><i style="${place < 0 ? '' : color(i)};
+      margin-left: ${percent * (Math.min(0, score) - data.low)}%;
+      width: ${percent * Math.abs(score)}%"></i> <span>${score.toFixed(2)}</span>
+      <b>${place < 0 ? '' : weight.toFixed(2)}</b></div>`
+  })])
+  document.querySelector('pre .on')?.classList.remove('on')
+  document.getElementById('text').children[token].classList.add('on')
+}
+drawLayer()
+</script>
+"""
+
+
+# -----------------------------------------------------------------------------
 
 def main(arguments):
     values, folders = parse(SampleConfig, arguments, __doc__)
-    config = build(SampleConfig, values)
+    c = SampleConfig(**values)
     if len(folders) != 1:
         raise UserError('expected the folder of one run, such as out/quick_start/aoe, got '
                         f'{len(folders)}')
-    folder, device = folders[0], choose_device(config.device)
+    folder, device = folders[0], choose_device(c.device)
     model, meta, dtype = load_model(folder, device)
-    tokenizer = tokenizer_from(meta, config.data_dir)
     mlp, n_layer = model.config.mlp, model.config.n_layer
-    if config.show_experts and (mlp == 'dense' or config.layer > n_layer):
-        raise UserError(f'show_experts: expected a model with experts and a --layer of at most '
-                        f'{n_layer}, got {mlp} and {config.layer}')
-    idx = torch.tensor([tokenizer.encode(config.prompt)], device=device)      # (1, S)
+    if c.show_experts and (mlp == 'dense' or c.layer > n_layer):
+        raise UserError('show_experts: expected a model with experts and a --layer of at most '
+                        f'{n_layer}, got {mlp} and {c.layer}')
+    if model.config.select == 'expert_choice':
+        print('expert_choice needs the tokens to come: experts are chosen by top_k here',
+              file=sys.stderr)
+        model.config.select = 'top_k'                              # of all layers: they share it
+    tokenizer = tokenizer_from(meta, c.data_dir)
+    prompt = torch.tensor([tokenizer.encode(c.prompt)], device=device)         # (1, S)
     terminal = sys.stdout.isatty()
-    for i in range(config.num_samples):
+    as_text = color_text if terminal and not os.environ.get('NO_COLOR') else number_text
+
+    for i in range(c.num_samples):
         if i > 0:
             print('-' * 80)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            tokens = model.generate(idx, config.max_new_tokens, config.temperature,
-                                    config.vocab_top_k, tokenizer.vocab_size, config.seed + i)[0]
-            routing = watch_experts(model, tokens) if config.show_experts else None
-        if not config.show_experts:
+            tokens = model.generate(prompt, c.max_new_tokens, c.temperature, c.vocab_top_k,
+                                    tokenizer.vocab_size, c.seed + i)[0]
+            routing = watch_experts(model, tokens) if c.show_experts else None
+        if c.show_experts:
+            texts = [without_controls(tokenizer.decode([token])) for token in tokens.tolist()]
+            print(as_text(texts, routing.chosen[c.layer - 1, :, 0].tolist()))
+        else:
             text = tokenizer.decode(tokens.tolist())
             print(without_controls(text) if terminal else text)
-            continue
-        texts = [without_controls(tokenizer.decode([token])) for token in tokens.tolist()]
-        show = color_text if terminal and not os.environ.get('NO_COLOR') else number_text
-        print(show(texts, routing.chosen[config.layer - 1, :, 0].tolist()))
-    if config.show_experts:
-        path, score = os.path.join(folder, 'experts.html'), 'norm' if mlp == 'aoe' else 'logit'
-        write_text(path, experts_page(folder, texts, routing, score))
-        print(f'\nall layers of the last text: {path}')
+    if c.show_experts:                   # a page of the last text
+        log = read_log(os.path.join(folder, 'log.jsonl'))
+        best = min(reversed(log), key=lambda entry: entry['val_loss'], default=None)
+        notes = stand_outs(best) if best else []                   # best.pt is of this evaluation
+        path = os.path.join(folder, 'experts.html')
+        write_text(path, experts_page(folder, texts, routing, model.config, c.layer, notes))
+        print(f'\nto open in a browser: {path}')
 
 
 if __name__ == '__main__':
