@@ -186,7 +186,8 @@ def print_help(cls, usage):
                 print(f'\n{heading[1]}:')
             elif field := re.fullmatch(r'    (\w+): .+?  # (.+)', line):
                 key, comment = field.groups()
-                print(f'  --{key}={fields[key].default}  ({type_name(fields[key].type)})')
+                default = str(fields[key].default).replace('\n', r'\n')
+                print(f'  --{key}={default}  ({type_name(fields[key].type)})')
                 print(f'      {comment}')
 
 

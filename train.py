@@ -585,7 +585,10 @@ def load_model(folder, device):
     path = os.path.join(folder, 'best.pt')
     checkpoint = load_checkpoint(path, device)
     recipe, keys = checkpoint['recipe'], {field.name for field in dataclasses.fields(GPTConfig)}
-    model = GPT(GPTConfig(**{key: recipe[key] for key in keys & recipe.keys()}))
+    try:
+        model = GPT(GPTConfig(**{key: recipe[key] for key in keys & recipe.keys()}))
+    except ValueError as error:
+        raise UserError(f'{path}: expected a model of this model.py, got {error}') from None
     load_weights(model, checkpoint, path)
     return model.eval().to(device), checkpoint['meta'], getattr(torch, recipe['dtype'])
 
