@@ -1,22 +1,30 @@
-"""What the tests of the scripts share: a small corpus, and a way to run a script."""
+"""What the tests of the scripts share: a small corpus, and two ways to run a script."""
 
+import contextlib
+import io
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import configurator
+import prepare_data
+import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = ['--n_layer=2', '--n_embd=32', '--n_head=2', '--d_ffn=48', '--n_expert=4',
          '--block_size=16', '--batch_size=8', '--max_iters=20', '--eval_interval=10',
-         '--eval_iters=2', '--warmup_iters=5', '--dataset=code', '--dtype=float32']
+         '--eval_iters=2', '--warmup_iters=5', '--dataset=code', '--dtype=float32', '--threads=1',
+         '--jobs=1']
+torch.set_num_threads(1)                 # for matmuls as small as the tests' more are slower
 
 
 def pytest_configure(config):
     """Tests marked slow run only when asked for: python -m pytest -m slow."""
-    config.addinivalue_line('markers', 'slow: more than half a minute; runs with -m slow')
+    config.addinivalue_line('markers', 'slow: starts processes or takes long; runs with -m slow')
     config.option.markexpr = config.option.markexpr or 'not slow'
 
 
@@ -28,7 +36,30 @@ def run_script(script, *arguments, cwd, check=True, processes=1, torchrun=False)
         command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     environment = os.environ | {'MPLBACKEND': 'Agg', 'COLUMNS': '80', 'PYTHONIOENCODING': 'utf-8'}
     process = subprocess.run([*command, os.path.join(ROOT, script), *arguments], cwd=cwd,
-                             capture_output=True, encoding='utf-8', env=environment, timeout=170)
+                             capture_output=True, encoding='utf-8', env=environment)
+    if check:
+        assert process.returncode == 0, process.stderr
+    return process
+
+
+def run_here(main, *arguments, cwd='.', check=True):
+    """The same in this process, which saves the seconds of importing PyTorch: a script's main."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8') for _ in range(2))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setattr(sys, 'argv', ['script', *arguments])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = None
+            try:
+                configurator.run(main)
+            except SystemExit as exit:
+                status = exit.code
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for stream in (out, err):
+        stream.seek(0)
+    process = subprocess.CompletedProcess(arguments, int(status or 0), out.read(), err.read())
     if check:
         assert process.returncode == 0, process.stderr
     return process
@@ -50,21 +81,35 @@ def code_text():
 
 @pytest.fixture(scope='session')
 def workspace(tmp_path_factory, code_text):
-    """A folder with data/code, prepared through the command line. Tests write to out/ in it."""
+    """A folder with data/code. Tests write to out/ in it."""
     folder = tmp_path_factory.mktemp('workspace')
     (folder / 'code.txt').write_text(code_text, encoding='utf-8', newline='')
-    run_script('prepare_data.py', 'code.txt', cwd=folder)
+    run_here(prepare_data.main, 'code.txt', cwd=folder)
     return folder
 
 
 @pytest.fixture
-def refuse(monkeypatch, capsys):
+def train_here(workspace, monkeypatch):
+    """train_here(*arguments) runs train.py in this process, in the workspace, without drawing.
+    Returns the run's log, but for its times."""
+    def call(*arguments):
+        run_here(train.main, *SMALL, *arguments)
+        out_dir, mlp = (next(a.partition('=')[2] for a in arguments if a.startswith(key))
+                        for key in ('--out_dir', '--mlp'))
+        return [{key: value for key, value in entry.items() if key != 'seconds'}
+                for entry in train.read_log(f'{out_dir}/{mlp}/log.jsonl')]
+    monkeypatch.chdir(workspace)
+    monkeypatch.setattr(train, 'draw', lambda *arguments: None)
+    return call
+
+
+@pytest.fixture
+def refuse():
     """refuse(main, *arguments) -> the one line that a script ends with; its status must be 2."""
     def call(main, *arguments):
-        monkeypatch.setattr(sys, 'argv', ['script', *arguments])
-        with pytest.raises(SystemExit) as exit:
-            configurator.run(main)
-        lines = capsys.readouterr().err.splitlines()
-        assert exit.value.code == 2 and len(lines) == 1 and lines[0].startswith('error: '), lines
+        process = run_here(main, *arguments, check=False)
+        lines = process.stderr.splitlines()
+        assert process.returncode == 2 and len(lines) == 1, process.stderr
+        assert lines[0].startswith('error: ')
         return lines[0]
     return call
