@@ -20,7 +20,7 @@ import torch
 import sample
 import train
 from configurator import read_config_file
-from conftest import ROOT, SMALL, run_here, run_script, table_of
+from conftest import ROOT, SMALL, run_here, table_of
 from model import GPT
 from train import Data, TrainConfig, learning_rate_at, make_optimizer, plan_runs, read_log
 

@@ -312,7 +312,7 @@ def test_a_run_keeps_the_dtype_that_auto_has_taken(train_here, monkeypatch):
 
 
 @pytest.mark.parametrize('key', ('model.py', 'train.py', 'processor'))
-def test_other_code_and_another_processor_are_told_of_and_not_averaged(train_here, monkeypatch, key):
+def test_other_code_and_another_processor_are_told_and_not_averaged(train_here, monkeypatch, key):
     def here(text):
         if key == 'processor':
             monkeypatch.setattr(train, 'processor_name', lambda device: text)
