@@ -1,6 +1,7 @@
-"""README.md, config/README.md, config/lab/README.md: every command in them runs, every link leads
-somewhere, and what they quote is what the code says."""
+"""README.md and all pages of config/: every command in them runs, every link leads somewhere, and
+what they quote is what the code says."""
 
+import glob
 import os
 import re
 import shlex
@@ -9,19 +10,22 @@ import shutil
 import pytest
 import torch
 
+from configurator import read_text
 from conftest import ROOT, run_script
 
-PAGES = ('README.md', 'config/README.md', 'config/lab/README.md', 'config/lab/ANSWERS.md')
+PAGES = ['README.md', *sorted(os.path.relpath(path, ROOT) for path in
+                              glob.glob(f'{ROOT}/config/**/*.md', recursive=True))]
+TOOLS = sorted(os.path.basename(path) for path in glob.glob(f'{ROOT}/tests/tools/*.py'))
 
 
 def text_of(page):
-    with open(os.path.join(ROOT, page), encoding='utf-8') as file:
-        return file.read()
+    return read_text(os.path.join(ROOT, page))
 
 
 # What is added to a command, so that it ends soon.
 SHORT = {
-    'train.py': ['--max_iters=1', '--eval_iters=1', '--batch_size=2', '--n_layer=2', '--threads=1'],
+    'train.py': ['--max_iters=1', '--eval_iters=1', '--batch_size=2', '--n_layer=2', '--threads=1',
+                 '--jobs=1', '--dtype=float32'],
     'sample.py': ['--max_new_tokens=20'],
     'tests/tools/bench.py': ['--rounds=1', '--warmup=1', '--shapes=small', '--threads=1'],
 }
@@ -34,8 +38,8 @@ def commands():
     found = [match for page in PAGES                     # what is inline may go on in the next line
              for match in re.findall(r'^ {4,}(.+)$|`([^`\n]+(?:\n[^`\n]+)?)`', text_of(page), re.M)]
     parts = [part for indented, inline in found
-             for part in re.split('&&|; (?!print)|&', indented or inline)]
-    parts = [' '.join(part.split()).removeprefix('do ') for part in parts]
+             for part in re.split('&&|; (?!print)', indented or inline)]
+    parts = [' '.join(part.split()) for part in parts]
     parts = [re.sub(r'--seeds=\S+', '--seeds=1', part) for part in parts]      # one is enough here
     parts = [part for part in parts if '-m pytest' not in part]    # this is it
     return [part for part in dict.fromkeys(parts) if re.match(r'(python|torchrun) .*\.py', part)]
@@ -47,7 +51,7 @@ def test_every_command_runs_shortened(tmp_path, code_text):
     shortened runs once. Of experiments that differ in their file alone one runs, and test_train.py
     plans the others."""
     shutil.copytree(os.path.join(ROOT, 'config'), tmp_path / 'config')
-    shutil.copy(os.path.join(ROOT, 'README.md'), tmp_path)         # its tables are written anew
+    shutil.copy(os.path.join(ROOT, 'README.md'), tmp_path)         # its numbers are written anew
     (tmp_path / 'my.txt').write_text(code_text, encoding='utf-8', newline='')
     ran, seen = set(), set()
     for command in commands():
@@ -57,12 +61,14 @@ def test_every_command_runs_shortened(tmp_path, code_text):
         program, *arguments = shlex.split(command)
         if 'openwebtext' in arguments or '--compile=True' in arguments:      # the slow tests below
             continue
-        if 'paper_table2.py config/' in command and 'two_questions' not in command:
+        if 'config/small.py config/' in command and 'config/paper/table2.py' not in command:
             continue
+        if any('git apply' in text_of(file) for file in arguments if file.endswith('.py')):
+            continue                                     # test_rivals.py
         if 'config/lab/lab.py' in command and '--name=' in command:    # many alike: test_lab.py
             continue
-        if command == 'python tests/tools/bench.py':           # the parts have commands of their own
-            continue
+        if command == 'python tests/tools/bench.py':
+            continue                                     # its parts have commands of their own
         if '--only=fake' in arguments and not hasattr(torch.nn.functional, 'grouped_mm'):
             continue                                     # as the page says
         script = next(argument for argument in arguments if argument.endswith('.py'))
@@ -86,16 +92,13 @@ def test_every_command_runs_shortened(tmp_path, code_text):
         process = run_script(script, *arguments, cwd=tmp_path, check=False, processes=processes)
         red = 'exercise_0' in script                     # until it is done
         assert process.returncode == red, f'{command}\n{process.stderr}'
-        ran.add(script)
-    assert ran == {'train.py', 'sample.py', 'prepare_data.py', 'tests/tools/bench.py',
-                   'tests/tools/toy.py', 'tests/tools/pilot.py', 'tests/tools/compare.py',
-                   'tests/tools/coder.py', 'tests/tools/exercise_0.py'}
+        ran.add(os.path.basename(script))
+    assert ran == {'train.py', 'sample.py', 'prepare_data.py', *TOOLS} - {'notebook.py'}
 
 
-@pytest.mark.parametrize('file', ('bench', 'test_coder', 'test_exercise_0', 'test_lab',
-                                  'test_minus_moe', 'test_pilot', 'test_toy'))
-def test_what_the_pages_start_needs_no_pytest(file):
-    assert not re.search('^(import|from) pytest', text_of(f'tests/{file}.py'), flags=re.M)
+@pytest.mark.parametrize('tool', TOOLS)
+def test_what_the_pages_start_needs_no_pytest(tool):
+    assert not re.search('^ *(import|from) pytest', text_of(f'tests/tools/{tool}'), flags=re.M)
 
 
 @pytest.mark.slow
@@ -123,7 +126,7 @@ def anchors(page):
 @pytest.mark.parametrize('page', PAGES)
 def test_links_and_pictures_are_there(page):
     prose = re.sub('```.*?```', '', text_of(page), flags=re.S)
-    for target in re.findall(r'\]\(([^)]+)\)', prose):
+    for target in re.findall(r'(?:\]\(|src(?:set)?=")([^)"]+)[)"]', prose):
         if target.startswith('http'):
             continue
         file, _, anchor = target.partition('#')
@@ -132,28 +135,39 @@ def test_links_and_pictures_are_there(page):
         assert not anchor or anchor in anchors(path), target
 
 
+def test_pictures_are_small_and_used():
+    pictures = glob.glob(f'{ROOT}/config/**/*.png', recursive=True)
+    text = ''.join(map(text_of, PAGES))
+    for path in pictures:
+        assert os.path.getsize(path) < 100_000 and os.path.basename(path) in text, path
+
+
 def test_the_readme_quotes_the_code():
     model = text_of('model.py')
-    for quoted in re.findall(r'```python\n(.*?)```', text_of('README.md'), flags=re.S):
-        for line in quoted.splitlines():                 # of Algorithm 1 without its indent
+    quotes = re.findall(r'```python\n(.*?)```', text_of('README.md'), flags=re.S)
+    for quoted in quotes:
+        for line in quoted.splitlines():
             code = line.partition('#')[0].strip()
             assert code in model, line
         assert not quoted.startswith('class') or quoted.strip() in model
+    assert quotes
 
 
 def test_the_map_tells_how_long_the_files_are():
-    readme = text_of('README.md')
-    for file, lines in re.findall(r'^\| \[(\w+\.py)\]\(\1\) \| (\d+) \|', readme, re.M):
-        assert abs(text_of(file).count('\n') - int(lines)) <= 10, file
+    readme, loop = text_of('README.md'), text_of('train.py').split("\n# a run's files")[0]
+    rows = re.findall(r'^\| \[(\w+\.py)\]\(\1\) \| ([\d,]+) \|', readme, re.M)
+    assert len(rows) == 5
+    for file, lines in rows:
+        assert abs(text_of(file).count('\n') - int(lines.replace(',', ''))) <= 10, file
     parts = [part.count('\n') for part in re.split('# Part [123]:', text_of('model.py'))]
-    loop = text_of('train.py').split('# what shapes')[0].count('\n')
     told = [int(n) for n in re.findall(r'(?:part \d|first half) \((\d+)', readme)]
-    for lines, expected in zip((parts[0] + parts[1], parts[2], loop), told, strict=True):
+    for lines, expected in zip((parts[0] + parts[1], parts[2], loop.count('\n')), told,
+                               strict=True):
         assert abs(lines - expected) <= 10
 
 
 def test_no_line_is_wider_than_100_columns():
-    """Tables, links and commands aside."""
+    """Tables, links, commands and marks aside."""
     for number, line in enumerate(text_of('README.md').splitlines(), 1):
-        if not re.match(r'\||!\[|    |\s+python', line) and '](' not in line:
+        if not re.match(r'\||!\[|    |\s+python', line) and '](' not in line and '<!--' not in line:
             assert len(line) <= 100, f'README.md:{number}'
