@@ -1,24 +1,28 @@
 """
 Speed and memory of the three MLPs, in one run, the sides taking turns.
 
-    python tests/tools/bench.py                          # four parts, some minutes
-    python tests/tools/bench.py --only=layer,memory
+    python tests/tools/bench.py                          # four parts: 10 to 20 minutes
+    python tests/tools/bench.py --only=step --shapes=small   # 1 minute
+    python tests/tools/bench.py --only=memory            # a few seconds
+    python tests/tools/bench.py --only=fake config/openwebtext.py   # 25 seconds
     python tests/tools/bench.py --threads=1 --json=bench.json
-    python tests/tools/bench.py --only=fake config/openwebtext.py
 
 Times are medians; a ratio is the median of the ratios of each round, so that
 what slows the machine for a while slows both sides of it. Parts: layer (an MLP
 alone, forward and backward), step (a training step of the model), memory
 (bytes that a layer keeps for backward), cost (of aoe over the width that it
 judges by); and, if asked for, experts (2 of 16 to 8 of 64) and fake: the most
-memory that a training step needs with the sizes of a config file, found in
-seconds with tensors that have no numbers. `aoe whole` is aoe with a gate that is
-not factorised.
+memory that a training step needs with the sizes of a config file, found with
+tensors that have no numbers. `aoe_whole` is aoe with a gate that is not
+factorised. memory and fake tell what a GPU needs, so they recompute on a CPU,
+too; the other parts do what train.py does on this device.
 """
 
+import contextlib
 import gc
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -28,20 +32,20 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
 import configurator
-from configurator import UserError, build, expect, parse, read_config_file, write_text
+from configurator import UserError, expect, parse, read_config_file, write_text
 from model import GPT, MLPS, GPTConfig
-from train import (TrainConfig, choose_device, keep_freed_memory, make_optimizer,
+from train import (TrainConfig, choose_device, fast_dtype, keep_freed_memory, make_optimizer,
                    plan_runs, print_rows)
 
-PARTS = ('layer', 'step', 'memory', 'cost', 'experts', 'fake')
 SIDES = {'dense': {'mlp': 'dense'}, 'moe': {'mlp': 'moe'}, 'aoe': {'mlp': 'aoe'},
-         'aoe whole': {'mlp': 'aoe', 'factorised': False, 'd_low': None}}
+         'aoe_whole': {'mlp': 'aoe', 'factorised': False, 'd_low': None}}
 LAYERS = {          # the MLP alone: its configuration, and the tokens that pass it at once
     'small': ({'n_embd': 128, 'd_ffn': 256}, 1024),
     'medium': ({'n_embd': 384, 'd_ffn': 1024, 'd_low': 128}, 8192),
@@ -66,20 +70,36 @@ class BenchConfig:
     seed: int = 0                        # of weights and inputs
     threads: int | None = None           # of the CPU; None: PyTorch's choice
     device: str = 'auto'                 # auto: cuda, else mps, else cpu
-    dtype: Literal['float32', 'bfloat16'] = 'bfloat16'   # of weights and inputs, or of autocast
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'   # of matmuls; auto: what is fast here
+    recompute: bool | None = None        # as in train.py; None: on a GPU, and in memory and fake
     aux_weight: float = 0.01             # weight of the load-balancing loss
-    plain: bool = False                  # measure part 1 of model.py without part 3
-    keep_freed_memory: bool = True       # as train.py does; False: the C library's own way
     compile: bool = False                # torch.compile, in the training step
     json: str | None = None              # write the figures to this file as well
 
     def __post_init__(self):
-        for key, known in (('only', PARTS), ('shapes', tuple(LAYERS))):
+        for key, known in (('only', PARTS), ('shapes', LAYERS)):
             expect(self, key, f'some of {", ".join(known)}',
                    lambda text, known=known: set(text.split(',')) <= set(known))
-        expect(self, 'rounds warmup threads', 'a positive number', lambda n: n > 0)
+        expect(self, ('rounds', 'warmup', 'threads'), 'a positive number', lambda n: n > 0)
+        expect(self, 'threads', f'at most the {os.cpu_count()} of this machine',
+               lambda n: n <= os.cpu_count())
+        expect(self, 'seed', '0 or more and below 2^62', lambda n: 0 <= n < 2**62)
+        expect(self, 'aux_weight', '0 or more', lambda weight: 0 <= weight < math.inf)
         expect(self, 'json', 'a file to write to', lambda path: not os.path.isdir(path)
                and os.access(os.path.dirname(path) or '.', os.W_OK))
+        if 'fake' in self.only.split(','):   # without numbers F.grouped_mm knows no other
+            expect(self, 'dtype', 'bfloat16 for fake', lambda dtype: dtype != 'float32')
+
+
+def choose_dtype(bench, device):
+    """What --dtype=auto stands for: bfloat16 if nothing is timed, else what train.py would take for
+    the last of the shapes."""
+    if bench.dtype != 'auto':
+        return bench.dtype
+    if set(bench.only.split(',')) <= {'memory', 'fake'}:
+        return 'bfloat16'
+    shape, tokens = LAYERS[bench.shapes.split(',')[-1]]
+    return fast_dtype(TrainConfig(**shape, batch_size=tokens, block_size=1), device)
 
 
 # -----------------------------------------------------------------------------
@@ -92,6 +112,7 @@ def alternate(sides, bench, make):
     from one to the next. A bfloat16 matmul on a CPU is slow whenever it meets a new shape, and with
     experts shapes are new for long.
     """
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     turns = itertools.count()
 
     def window(rounds):
@@ -100,12 +121,10 @@ def alternate(sides, bench, make):
             x = make(turn)
             for name, function in sides.items():
                 gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
+                wait()
                 start = time.perf_counter()
                 function(x)
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
+                wait()
                 seconds[name].append(time.perf_counter() - start)
         return seconds
 
@@ -133,14 +152,15 @@ def multiply_adds(function, x):
 
 
 def bytes_kept(layer, x):
-    """Bytes that layer(x) keeps for backward, each once, without parameters and x."""
-    left_out = {p.untyped_storage().data_ptr() for p in (*layer.parameters(), x)}
+    """Bytes that layer(x) keeps for backward, each once, without parameters and x. It doesn't see
+    the Rows that `recomputed` holds: some 20 bytes for each pair of a token and an expert."""
+    left_out = {p.untyped_storage()._cdata for p in (*layer.parameters(), x)}    # their addresses
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in left_out:
-            kept[storage.data_ptr()] = storage                     # held: no address is used twice
+        if storage._cdata not in left_out:
+            kept[storage._cdata] = storage                         # held: no address is used twice
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         h = layer(x)
@@ -148,26 +168,28 @@ def bytes_kept(layer, x):
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def show(title, results, *columns):
-    """Print results as a table with a row for each side. A column: its heading, key and format."""
+def show(title, results, **columns):
+    """Print results as a table: a row for each side, the columns by key, with their formats."""
     print(f'\n{title}')
-    print_rows([('', *(heading for heading, _, _ in columns))] + [
-        (row['side'], *(format(row[key], form) for _, key, form in columns)) for row in results])
+    print_rows([('', *(key.replace('_', ' ') for key in columns))] + [
+        (row['side'], *(format(row[key], form) for key, form in columns.items()))
+        for row in results])
 
 
 # -----------------------------------------------------------------------------
 # an MLP alone
 
 def layer_config(side, shape, bench):
-    return GPTConfig(**shape | SIDES[side], aux_weight=bench.aux_weight, plain=bench.plain)
+    return GPTConfig(**shape | SIDES[side], aux_weight=bench.aux_weight, recompute=bench.recompute)
 
 
 def make_layer(config, bench, device):
     torch.manual_seed(bench.seed)
     layer = MLPS[config.mlp](config)
-    for name, p in layer.named_parameters():
-        torch.nn.init.normal_(p, std=config.d_low ** -0.5 if name == 'w_up' else 0.02)
-    return layer.to(device, getattr(torch, bench.dtype))
+    for name, p in list(layer.named_parameters()):
+        w = torch.randn(p.shape) * (config.d_low ** -0.5 if name == 'w_up' else 0.02)
+        setattr(layer, name, torch.nn.Parameter(w.to(device, getattr(torch, bench.dtype))))
+    return layer
 
 
 def make_input(shape, tokens, bench, device, turn):
@@ -186,8 +208,8 @@ def forward_and_backward(layer):
     return function
 
 
-def compare(part, title, label, configs, bench, device):
-    """Time layers, and count what they execute and keep, beside dense and moe."""
+def compare(part, label, configs, bench, device):
+    """Time layers of configs, and count what they execute and keep, beside dense and moe."""
     shape, tokens = LAYERS[label]
     layers = {name: make_layer(config, bench, device) for name, config in configs.items()}
     sides = {name: forward_and_backward(layer) for name, layer in layers.items()}
@@ -195,32 +217,29 @@ def compare(part, title, label, configs, bench, device):
     x = make_input(shape, tokens, bench, device, 0)
     executed = {name: multiply_adds(function, x) for name, function in sides.items()}
     results = [{
-        'part': part, 'shape': label, 'side': name, 'ms': 1e3 * statistics.median(seconds[name]),
+        'part': part, 'shape': label, 'side': name,
+        'judge': (c.d_judge or c.d_low) if c.mlp == 'aoe' else '-',
+        'ms': 1e3 * statistics.median(seconds[name]),
         'of_dense': ratio(seconds[name], seconds['dense']),
         'predicted_of_dense': executed['dense'] / executed[name],
         'of_moe': ratio(seconds[name], seconds['moe']),
         'predicted_of_moe': executed['moe'] / executed[name],
-        'kib_per_token': bytes_kept(layer, x) / tokens / 1024} for name, layer in layers.items()]
-    show(title, results, ('ms', 'ms', '.2f'), ('of dense', 'of_dense', '.2f'),
-         ('predicted', 'predicted_of_dense', '.2f'), ('of moe', 'of_moe', '.2f'),
-         ('predicted', 'predicted_of_moe', '.2f'), ('KiB/token', 'kib_per_token', '.1f'))
+        'KiB_per_token': bytes_kept(layers[name], x) / tokens / 1024,
+    } for name, c in configs.items()]
+    c = configs['moe']
+    show(f'{part}, {label}: D {c.n_embd}, d_ffn {c.d_ffn}, E {c.n_expert}, K {c.top_k}, {tokens:,} '
+         f'tokens, aux_weight {c.aux_weight:g}, recompute={c.recompute}', results, judge='',
+         ms='.2f', of_dense='.2f', predicted_of_dense='.2f', of_moe='.2f', predicted_of_moe='.2f',
+         KiB_per_token='.1f')
     return results
-
-
-def sizes_of(label, configs):
-    c, whole = configs['aoe'], configs['aoe whole']
-    return (f'{label}: D {c.n_embd}, d_ffn {c.d_ffn}, d_low {c.d_low} (whole: d_judge '
-            f'{whole.d_judge}), E {c.n_expert}, K {c.top_k}, {LAYERS[label][1]:,} tokens')
 
 
 def bench_layer(bench, device, _):
     """An MLP alone, forward and backward; predicted: by the multiply-adds that it executes."""
     results = []
     for label in bench.shapes.split(','):
-        shape, _ = LAYERS[label]
-        configs = {side: layer_config(side, shape, bench) for side in SIDES}
-        results += compare('layer', f'layer, {sizes_of(label, configs)}', label, configs, bench,
-                           device)
+        configs = {side: layer_config(side, LAYERS[label][0], bench) for side in SIDES}
+        results += compare('layer', label, configs, bench, device)
     return results
 
 
@@ -236,12 +255,11 @@ def bench_cost(bench, device, _):
     shape, _ = LAYERS[label]
     configs = {side: layer_config(side, shape, bench) for side in ('dense', 'moe')}
     for side, key, parts in (('aoe', 'd_low', (12, 6, 3, 1.5)),
-                             ('aoe whole', 'd_judge', (24, 12, 6, 3))):
+                             ('aoe_whole', 'd_judge', (24, 12, 6, 3))):
         for part in parts:
             width = part_of(shape['n_embd'], part)
             configs[f'{side} {width}'] = replace(layer_config(side, shape, bench), **{key: width})
-    title = f'cost over d_low (whole: d_judge), {label}, aux_weight {bench.aux_weight:g}'
-    return compare('cost', title, label, configs, bench, device)
+    return compare('cost', label, configs, bench, device)
 
 
 def bench_experts(bench, device, _):
@@ -255,25 +273,26 @@ def bench_experts(bench, device, _):
         sizes = shape | {'n_expert': E, 'top_k': K, 'd_ffn': 2 * shape['d_ffn'] // K}
         configs = {side: layer_config(side, sizes, bench) for side in SIDES}
         configs[f'aoe {narrow}'] = replace(configs['aoe'], d_low=narrow)
-        configs[f'aoe whole {narrow}'] = replace(configs['aoe whole'], d_judge=narrow)
-        results += compare(f'{K} of {E}', f'experts, {sizes_of(label, configs)}', label, configs,
-                           bench, device)
+        configs[f'aoe_whole {narrow}'] = replace(configs['aoe_whole'], d_judge=narrow)
+        results += compare(f'{K} of {E}', label, configs, bench, device)
     return results
 
 
 def bench_memory(bench, device, _):
-    """What a layer keeps for backward: exact, and the same on any machine."""
-    results, labels = [], bench.shapes.split(',')
-    for side in SIDES:
-        row = {'part': 'memory', 'side': side}
-        for label in labels:
-            shape, tokens = LAYERS[label]
-            layer = make_layer(layer_config(side, shape, bench), bench, device)
-            x = make_input(shape, tokens, bench, device, 0)
-            row[label] = bytes_kept(layer, x) / tokens / 1024
-        results.append(row)
-    show(f'KiB per token that a layer keeps for backward, {bench.dtype}', results,
-         *((label, label, '.1f') for label in labels))
+    """What a layer keeps for backward: right to 64 bytes, and the same on any machine. In bfloat16
+    on tensors without numbers, which take no time; in float32 F.grouped_mm refuses them."""
+    fake = bench.dtype == 'bfloat16' and hasattr(F, 'grouped_mm')
+
+    def kib_per_token(side, shape, tokens):
+        layer = make_layer(layer_config(side, shape, bench), bench, device)
+        return bytes_kept(layer, make_input(shape, tokens, bench, device, 0)) / tokens / 1024
+    labels = bench.shapes.split(',')
+    with FakeTensorMode() if fake else contextlib.nullcontext():
+        results = [{'part': 'memory', 'side': side,
+                    **{label: kib_per_token(side, *LAYERS[label]) for label in labels}}
+                   for side in SIDES]
+    show(f'KiB per token that a layer keeps for backward, {bench.dtype}, '
+         f'recompute={bench.recompute} (a GPU: True)', results, **dict.fromkeys(labels, '.1f'))
     return results
 
 
@@ -308,8 +327,8 @@ def bench_step(bench, device, _):
     """A training step of the whole model, on the bytes of model.py."""
     with open(os.path.join(ROOT, 'model.py'), 'rb') as file:
         text = torch.tensor(list(file.read()), device=device)
-    keys = {'vocab_size': 256, 'dtype': bench.dtype, 'seed': bench.seed, 'plain': bench.plain,
-            'aux_weight': bench.aux_weight, 'runs': SIDES}
+    keys = {'vocab_size': 256, 'dtype': bench.dtype, 'seed': bench.seed, 'runs': SIDES,
+            'aux_weight': bench.aux_weight, 'recompute': bench.recompute}
     results = []
     for label in filter(MODELS.__contains__, bench.shapes.split(',')):
         configs = {c.name: c for c in plan_runs(keys | MODELS[label], {})}
@@ -327,9 +346,8 @@ def bench_step(bench, device, _):
                  'of_dense': ratio(times, seconds['dense']), 'of_moe': ratio(times, seconds['moe'])}
                 for name, times in seconds.items()]
         show(f'training step, {label}: {c.n_layer} layers, D {c.n_embd}, d_ffn {c.d_ffn}, '
-             f'{c.batch_size} x {c.block_size} tokens', rows,
-             ('tokens/s', 'tokens_per_second', ',.0f'), ('of dense', 'of_dense', '.2f'),
-             ('of moe', 'of_moe', '.2f'))
+             f'{c.batch_size} x {c.block_size} tokens, recompute={c.recompute}', rows,
+             tokens_per_second=',.0f', of_dense='.2f', of_moe='.2f')
         results += rows
     return results
 
@@ -337,8 +355,7 @@ def bench_step(bench, device, _):
 def peak_of_step(config):
     """(bytes, phase): the most that a training step holds at once, with the weights and AdamW's
     averages, and in which phase; of the second step, since the first makes the averages."""
-    from torch._subclasses.fake_tensor import FakeTensorMode       # here: they are no public parts
-    from torch.distributed._tools.mem_tracker import MemTracker
+    from torch.distributed._tools.mem_tracker import MemTracker    # here: it is no public part
     device, peak, where, phase = torch.device('cpu'), 0, None, None
 
     def mark(begins):
@@ -362,44 +379,53 @@ def peak_of_step(config):
 def bench_fake(bench, _, files):
     """The most memory that a training step needs, on tensors without numbers: in seconds, and of
     models that do not fit this machine. (A CPU's attention is in float32 below 256 positions.)"""
-    if not hasattr(F, 'grouped_mm'):     # a loop over experts has to know how many rows each has
-        raise UserError(f'fake: expected a PyTorch with grouped_mm, got {torch.__version__}')
     values = {'vocab_size': 84}
     for file in files or [os.path.join(ROOT, 'config', 'openwebtext.py')]:
         values |= read_config_file(TrainConfig, file)
-    runs = {side: {'factorised': None, **SIDES[side]} for side in SIDES}
-    values |= {'runs': runs, 'name': None, 'seeds': None, 'dtype': bench.dtype}
-    results = []
+    values |= {'runs': SIDES, 'name': None, 'seeds': None, 'factorised': None, 'dtype': 'bfloat16',
+               'recompute': bench.recompute}
+    peaks = {}
     for c in plan_runs(values, {}):
-        peak, where = peak_of_step(c)
-        results.append({'part': 'fake', 'side': c.name, 'gib': peak / 2**30, 'where': where})
-    for row in results:
-        row['of_moe'] = row['gib'] / results[list(SIDES).index('moe')]['gib']
+        try:
+            peaks[c.name] = peak_of_step(c)
+        except DataDependentOutputException:   # to compute, a loop asks how many rows there are
+            raise UserError('fake: expected select = top_k, n_embd, d_ffn, d_low in multiples of 8 '
+                            f'and a PyTorch with F.grouped_mm, got {c.select}, {c.n_embd}, '
+                            f'{c.d_ffn}, {c.d_low} and {torch.__version__}') from None
+    results = [{'part': 'fake', 'side': name, 'GiB': peak / 2**30, 'where': where,
+                'of_moe': peak / peaks['moe'][0]} for name, (peak, where) in peaks.items()]
     show(f'peak of a training step: {c.n_layer} layers, D {c.n_embd}, d_ffn {c.d_ffn}, E '
          f'{c.n_expert}, vocabulary {c.vocab_size:,}, {c.batch_size} x {c.block_size} tokens, '
-         f'{c.dtype}, aux_weight {c.aux_weight:g}', results,
-         ('GiB', 'gib', '.2f'), ('of moe', 'of_moe', '.2f'), ('where', 'where', ''))
+         f'{c.dtype}, aux_weight {c.aux_weight:g}, recompute={c.recompute} (a GPU: True)',
+         results, GiB='.2f', of_moe='.2f', where='')
     return results
+
+
+PARTS = {'layer': bench_layer, 'step': bench_step, 'memory': bench_memory, 'cost': bench_cost,
+         'experts': bench_experts, 'fake': bench_fake}
 
 
 def main(arguments):
     values, files = parse(BenchConfig, arguments, __doc__)
-    bench = build(BenchConfig, values)
+    bench, results = BenchConfig(**values), []
     if files and bench.only != 'fake':
         raise UserError(f'expected --key=value, or --only=fake and config files, got {files[0]!r}; '
                         '--help lists the keys')
     if bench.threads:
         torch.set_num_threads(bench.threads)
-    if bench.keep_freed_memory:
-        keep_freed_memory()
+    keep_freed_memory()
     device = choose_device(bench.device)
     name = f'{torch.get_num_threads()} threads'
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
+    bench.dtype = choose_dtype(bench, device)
     print(f'torch {torch.__version__}, {device} ({name}), {bench.dtype}, {bench.rounds} rounds')
-    parts = {'layer': bench_layer, 'step': bench_step, 'memory': bench_memory, 'cost': bench_cost,
-             'experts': bench_experts, 'fake': bench_fake}
-    results = [row for part in bench.only.split(',') for row in parts[part](bench, device, files)]
+    for part in bench.only.split(','):
+        settled = replace(bench)
+        if bench.recompute is None:
+            settled.recompute = device.type != 'cpu' or part in ('memory', 'fake')
+        for row in PARTS[part](settled, device, files):
+            results.append(row | {'recompute': settled.recompute})
     if bench.json:
         facts = {'torch': torch.__version__, 'device': name, **asdict(bench)}
         write_text(bench.json, json.dumps(facts | {'results': results}, indent=1))
