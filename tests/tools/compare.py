@@ -62,7 +62,7 @@ T_95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622,
 # two have a variant of the same row, the one with more seeds is drawn
 ROWS = {
     ('who_scores/large_router.jsonl', ''): '2 of 8 experts, 96 wide',
-    ('who_scores/large_router_xeon.jsonl', ''): 'the same on a second CPU',
+    ('who_scores/large_router_xeon.jsonl', ''): 'the same, another kind of CPU',
     ('how_far/new_sizes.jsonl', '48'): '48 wide',
     ('how_far/sizes.jsonl', '48'): '48 wide',
     ('how_far/new_sizes.jsonl', '192'): '192 wide',
@@ -254,6 +254,7 @@ def rows_by_run(runs, found, config):
 
 def rows_by_setting(runs, found, config):
     variants = list(dict.fromkeys(variant_of(seeds) for seeds in runs.values()))
+    variants.sort(key=lambda variant: variant != config.minus)     # stable: the base first
     cells = {}                           # setting -> {variant: cell}
     for name, seeds in runs.items():
         variant, cell = variant_of(seeds), '-'
