@@ -1,114 +1,77 @@
-"""
-The lab of config/lab/README.md: its edits fit model.py, and its notebook is its core.
-
-    python tests/test_lab.py
-
-writes config/lab/lab.ipynb, the core of the exercises cell by cell and what we measured:
-text as it stands, commands to be run, edits of model.py as an edit, and the pictures
-that a text names.
-"""
+"""The lab: its notebook is its page and runs, its commands and edits work, and its numbers are
+those of the results beside it."""
 
 import json
 import os
 import re
+import statistics
 import sys
 import types
 
+import pytest
 import torch
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from conftest import ROOT
+from configurator import parse, read_config_file, read_text
+from train import TrainConfig, group, losses_of, plan_runs, read_results
 
-import configurator
-from configurator import parse, read_config_file, read_text, write_text
-from train import TrainConfig, plan_runs
+sys.path.insert(0, os.path.join(ROOT, 'tests', 'tools'))
+from notebook import REPO, main, notebook, old_and_new
 
-NOTEBOOK = os.path.join(ROOT, 'config', 'lab.ipynb')
-# an edit, or commands
-BLOCK = re.compile(r'```diff\n(.*?)```\n|((?:^    [^\n]+\n)+)', re.S | re.M)
-
-
-def exercises():
-    return read_text(os.path.join(ROOT, 'config', 'EXERCISES.md'))
+LAB = os.path.join(ROOT, 'config', 'lab')
+PAGE, ANSWERS = (read_text(os.path.join(LAB, page)) for page in ('README.md', 'ANSWERS.md'))
 
 
-def old_and_new(diff):
-    """What the lines of a diff were, and what they become."""
-    lines = diff.splitlines(keepends=True)
-    return (''.join(line[1:] for line in lines if line[0] != '+'),
-            ''.join(line[1:] for line in lines if line[0] != '-'))
+def sources(text):
+    """What is in the cells of a notebook."""
+    return [''.join(cell['source']) for cell in json.loads(text)['cells']]
 
 
-def cells_of(text):
-    """The cells of a piece of the page, as (kind, source)."""
-    end = 0
-    for block in BLOCK.finditer(text):
-        yield 'markdown', text[end:block.start()]
-        end = block.end()
-        if block[1]:
-            old, new = old_and_new(block[1])
-            yield 'code', (f"old = '''{old}'''\nnew = '''{new}'''\ncode = open('model.py').read()\n"
-                           "assert old in code and new not in code, 'take the last edit back'\n"
-                           "open('model.py', 'w').write(code.replace(old, new))")
-        else:
-            yield 'code', re.sub('^    ', '!', block[2], flags=re.M)
-    yield 'markdown', text[end:]
+def test_the_notebook_is_the_page(tmp_path, refuse):
+    assert read_text(os.path.join(LAB, 'lab.ipynb')) == notebook(), 'run tests/tools/notebook.py'
+    starts = {'!pip install': 1, '!python train.py': 5, '!python tests/tools/compare.py': 2,
+              "edit('''": 3, "show('out/lab/": 5, '> My prediction:': 5, '<details>': 5}
+    cells = sources(notebook())
+    assert {start: sum(cell.startswith(start) for cell in cells) for start in starts} == starts
+    path = tmp_path / 'lab.ipynb'
+    main([f'--to={path}', '--more=--seeds=7'])
+    lines = [line for cell in sources(path.read_text()) for line in cell.splitlines()]
+    trains = [line for line in lines if line.startswith('!python train.py')]
+    assert all(line.endswith(' --seeds=7') for line in trains) and len(trains) == 8
+    assert "got 'x'" in refuse(main, 'x')
 
 
-def notebook():
-    """config/lab/lab.ipynb, as text: how to start, and the core."""
-    _, core, measured, _ = exercises().split('\n# ')
-    assert core.startswith('The core')
-    pieces = [
-        ('markdown', 'Made from EXERCISES.md by `python tests/test_lab.py`; it runs in a clone of '
-         'the repository.'),
-        ('code', "import os\nfrom IPython.display import Image, display\n"
-         "os.chdir('..' if os.path.basename(os.getcwd()) == 'config' else '.')"),
-        ('code', '!pip install -q -r requirements.txt\n!python prepare_data.py shakespeare\n'
-         '!python train.py config/lab/lab.py')]
-    for kind, source in [*cells_of('# ' + core), ('markdown', '# ' + measured)]:
-        pieces.append((kind, source))
-        for picture in re.findall(r'(\w+\.png)`', source) if kind == 'markdown' else ():
-            pieces.append(('code', f"display(Image('out/lab/{picture}'))"))
-    cells = []
-    for i, (kind, source) in enumerate((kind, source.strip()) for kind, source in pieces):
-        cell = {'cell_type': kind, 'id': f'cell-{i}', 'metadata': {},
-                'source': source.splitlines(keepends=True)}
-        cells += [cell | ({'execution_count': None, 'outputs': []} if kind == 'code' else {})
-                  ] * bool(source)
-    return json.dumps({'cells': cells, 'metadata': {'language_info': {'name': 'python'}},
-                       'nbformat': 4, 'nbformat_minor': 5}, indent=1) + '\n'
+@pytest.mark.slow
+def test_the_notebook_runs_to_its_end_from_nothing(tmp_path):
+    """In an empty folder: it clones what is committed here."""
+    nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
+    text = notebook('--max_iters=4 --eval_interval=2 --eval_iters=1 --batch_size=2')
+    nb = nbformat.reads(text.replace(REPO, ROOT), as_version=4)
+    nbclient.NotebookClient(nb, timeout=600, resources={'metadata': {'path': tmp_path}}).execute()
+    outputs = [output for cell in nb.cells for output in cell.get('outputs', ())]
+    printed = ''.join(output.get('text', '') for output in outputs)
+    assert not re.search('error|Traceback', printed), printed
+    for kind, number in (('image/png', 4), ('text/html', 1)):
+        assert sum(kind in output.get('data', ()) for output in outputs) == number
+    assert '| wrong ' in printed and '| aoe_0 ' in printed
 
 
-def main(arguments):
-    if arguments:
-        return print(__doc__.strip())
-    write_text(NOTEBOOK, notebook())
-
-
-def test_the_notebook_is_the_core():
-    assert read_text(NOTEBOOK) == notebook()
-    sources = [''.join(cell['source']) for cell in json.loads(notebook())['cells']]
-    assert sum(source.startswith('!python train.py') for source in sources) >= 5
-    assert sum('assert old in code' in source for source in sources) == 3
-    assert sum('display(Image' in source for source in sources) >= 2
-
-
-def test_every_command_of_the_lab_plans_three_seeds_of_a_run_of_its_own():
-    lab = read_config_file(TrainConfig, os.path.join(ROOT, 'config', 'lab.py'))
-    commands = re.findall('^    python train.py config/lab/lab.py (.*--name=.*)$', exercises(), re.M)
-    names = set()
-    for command in commands:
-        values, _ = parse(TrainConfig, command.split(), '')
-        runs = plan_runs(lab, values)
-        assert len(runs) == 3
-        names.add(runs[0].name)
-    assert len(names) == len(commands) > 10
+def test_every_command_plans_three_seeds_of_runs_of_its_own():
+    names = []
+    for command in re.findall('^    python train.py (config/lab/lab.py.*)$', PAGE, re.M):
+        values, files = parse(TrainConfig, command.split(), '')
+        from_file = {}
+        for file in files:
+            from_file |= read_config_file(TrainConfig, os.path.join(ROOT, file))
+        runs = plan_runs(from_file, values)
+        assert {run.seed for run in runs} == {7, 8, 9}
+        names += [run.name for run in runs] * (not runs[0].eval_only)
+    assert len(names) == 3 * len(set(names)) > 50
 
 
 def test_every_edit_fits_model_py_and_trains():
     code, edits = read_text(os.path.join(ROOT, 'model.py')), 0
-    for exercise in re.split('^## |git checkout model.py', exercises(), flags=re.M)[1:]:
+    for exercise in re.split('^## |git checkout model.py', PAGE, flags=re.M)[1:]:
         edited = code
         for diff in re.findall(r'```diff\n(.*?)```', exercise, flags=re.S):
             old, new = old_and_new(diff)
@@ -117,14 +80,54 @@ def test_every_edit_fits_model_py_and_trains():
             edits += 1
         module = sys.modules['edited'] = types.ModuleType('edited')        # for dataclasses
         exec(edited, module.__dict__)
-        model = module.GPT(module.GPTConfig(mlp='aoe', factorised='virtual' not in exercise,
-                                            vocab_size=8, n_layer=1, n_embd=32, n_head=2))
+        model = module.GPT(module.GPTConfig(mlp='aoe', vocab_size=8, n_layer=1, n_embd=32,
+                                            n_head=2))
         tokens = torch.arange(16).view(2, 8) % 8
         _, loss, _ = model(tokens, tokens)
         loss.backward()
         assert loss.isfinite()
-    assert edits >= 8
+    assert edits == 9
 
 
-if __name__ == '__main__':
-    configurator.run(main)
+# -----------------------------------------------------------------------------
+# numbers, told as 'aoe 1.808', 'again 1.814' and 'aoe minus moe +0.014 ± 0.016'
+
+RESULTS, AGAIN = (group(read_results(os.path.join(LAB, file)))
+                  for file in ('lab.jsonl', 'again.jsonl'))
+RUN = '|'.join(sorted(RESULTS.keys() | AGAIN.keys(), key=len, reverse=True))
+
+
+def mean(seeds):
+    return f'{statistics.mean(losses_of(seeds)):.3f}'
+
+
+def minus(runs, name, other):
+    """The mean of the differences, ± half of a 95 % interval."""
+    differences = [runs[name][seed]['lowest_val_loss'] - runs[other][seed]['lowest_val_loss']
+                   for seed in (7, 8, 9)]
+    half = 4.303 * statistics.stdev(differences) / 3 ** 0.5        # Student's t
+    return f'{statistics.mean(differences):+.3f} ± {half:.3f}'
+
+
+@pytest.mark.parametrize('page, least', [(PAGE, 10), (ANSWERS, 13)])
+def test_losses_on_the_pages_are_those_of_the_results(page, least):
+    text = ' '.join(page.split())
+    losses = re.findall(rf'\b({RUN}) (1\.\d{{3}})\b(?: and again (1\.\d{{3}}))?', text)
+    for name, loss, again in losses:
+        assert loss == mean((RESULTS | {'dense_longer': AGAIN['dense_longer']})[name]), name
+        assert again in ('', mean(AGAIN.get(name, RESULTS['moe']))), name
+    differences = re.findall(rf'(again, )?\b({RUN}) minus ({RUN}) ([+-]0\.\d+ ± 0\.\d+)', text)
+    for again, name, other, difference in differences:
+        assert difference == minus(AGAIN if again else RESULTS, name, other), (name, other)
+    assert len(losses) + len(differences) >= least
+
+
+def test_losses_without_training_are_those_that_were_printed():
+    means = []
+    for command in re.split(r'^\$ ', read_text(os.path.join(LAB, 'eval_only.txt')), flags=re.M)[1:]:
+        for mlp in ('aoe', 'moe'):
+            losses = re.findall(rf'^{mlp}-\d .* val loss (\S+)', command, re.M)
+            means.append((mlp, f'{statistics.mean(map(float, losses)):.3f}'))
+    told = [(mlp, loss) for mlp, cells in re.findall(r'^\| (aoe|moe) \|(.*)\|$', PAGE, re.M)
+            for loss in re.findall(r'\b\d\.\d{3}\b', cells) if ' ± ' not in cells]
+    assert {*told} == {*means} and len(told) == 16
