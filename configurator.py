@@ -129,7 +129,11 @@ def check_type(cls, key, value, where='--', note=''):
     if type(value) is float and not math.isfinite(value):
         raise UserError(f'{where}{key}: expected a finite number, got {value}')
     for option in options:               # types, or of a Literal the values
-        if type(value) is option if isinstance(option, type) else repr(value) == repr(option):
+        if isinstance(option, type):
+            fits = type(value) is option
+        else:
+            fits = repr(value) == repr(option)
+        if fits:
             return value
         if option is float and type(value) is int and abs(value) < 1e308:
             return float(value)

@@ -46,13 +46,13 @@ class GPTConfig:
     d_ffn: int | None = None             # hidden width of an expert; dense: K times it; None: 4 D
     d_low: int | None = None             # inner width of a factorised gate; None: about D / 3
     d_judge: int | None = None           # aoe, whole gate: neurons that score; None: about D / 6
-    aux_weight: float = 0.0              # weight of L_aux, a in Eq. 2; paper: 0 and 0.01
+    aux_weight: float = 0.0              # of L_aux, which makes loads even; paper: 0 and 0.01
     # the paper's other variants (Tables 2 and 3)
     router: Literal['linear', 'large', 'norm'] = 'linear'   # how a router of moe scores
     select: Literal['top_k', 'top_p', 'expert_choice'] = 'top_k'   # how experts are chosen
     top_p: float = 0.6                   # for top_p: the probability that the chosen reach together
-    weigh_among: Literal['chosen', 'all'] = 'chosen'   # softmax over these; Switch: all E
-    conf_weight: float = 0.0             # weight of the penalty on Ent_conf; paper: 1e-4 with top_p
+    weigh_among: Literal['chosen', 'all'] = 'chosen'   # softmax over these; Switch Transformer: all
+    conf_weight: float = 0.0             # of a penalty on unsure choices; paper: 1e-4 with top_p
     capacity_factor: float = 2.0         # for expert_choice: an expert takes this * T/E tokens
     # memory
     recompute: bool | None = None        # keep less for backward, and compute it again; None: GPU
@@ -78,8 +78,8 @@ def equation_5(D, d_ffn, d_low):
 class Routing(NamedTuple):
     """What the experts did with T tokens. The GPT stacks its layers: (L, T, E) and so on."""
     scores: torch.Tensor     # (T, E)  p: activation norms for aoe, the router's scores for moe
-    chosen: torch.Tensor     # (T, K)  I: the experts that handled the token; -1 for nobody
-    weights: torch.Tensor    # (T, K)  w: 0 for nobody
+    chosen: torch.Tensor     # (T, K)  I: the experts that handled the token; -1 for nobody (K is
+    weights: torch.Tensor    # (T, K)  w: 0 for nobody         E for top_p and expert_choice)
     aux_loss: torch.Tensor   # ()      for the trainer to add to the loss
 
 
@@ -123,7 +123,8 @@ class SparseMLP(nn.Module):
 
     @torch.no_grad()                                               # indices have no gradient
     def choose(self, p):
-        """I (T, K), by the scores p (T, E). For top_p and expert_choice K is E; -1 is nobody."""
+        """I (T, K), by the scores p (T, E). For top_p and expert_choice, where tokens have more or
+        fewer experts, K is E, and the rest is -1, nobody."""
         T, E = p.shape
         if self.config.select == 'top_k':
             return p.topk(self.config.top_k).indices               # I = argtopK(p)
@@ -139,11 +140,11 @@ class SparseMLP(nn.Module):
         return everyone.masked_fill(taken == 0, -1)                # e if expert e took t, else -1
 
     def weigh(self, p, I):
-        """w (T, K), by the scores p (T, E): softmax(p[I]); 0 for nobody (-1)."""
+        """w (T, K): softmax(p[I]); 0 for nobody (-1). By w alone the loss reaches the scores."""
         nobody, I = I < 0, I.clamp(min=0)
         if self.config.weigh_among == 'all':
             w = p.softmax(-1).gather(1, I)
-        else:                                                      # -inf: NaN where all are nobody
+        else:                                                      # -inf: NaN for a row of -1
             w = p.gather(1, I).masked_fill(nobody, -1e30).softmax(-1)
         return w.masked_fill(nobody, 0)
 
@@ -151,10 +152,10 @@ class SparseMLP(nn.Module):
         """h = sum over i in I of (SiLU(gate_i) * (w_i x Wp_i)) Wo_i. Returns h (T, D).
 
         The chosen pairs of a token and an expert are sorted by expert into P rows, of which part 3
-        multiplies each expert's by its matrix. The weight is on x, not on the result: it is the
-        same (all but the gate is linear), and so no gradient needs the experts' outputs.
+        multiplies each expert's by its matrix. The weight is on x and not on the result: h is the
+        same (all but the gate is linear), but the gradient of w would need all results.
 
-        C (T, E, d_low): all x Wdown_i, if aoe has them already. A whole gate needs none.
+        C (T, E, d_low): all x Wdown_i, if aoe has them already. A whole gate ignores it.
         """
         rows = sort_by_expert(I, w, self.config.n_expert, leave_out=self.config.select != 'top_k')
         u = self.recomputed(self.up, x, rows)                      # w_i x Wp_i: (P, d)
@@ -185,7 +186,8 @@ class SparseMLP(nn.Module):
 
     def recomputed(self, f, *inputs):
         """f(*inputs). With config.recompute autograd stores nothing that f computes on the way:
-        backward calls f again, up to its last matmul. (So a counter in f would count twice.)"""
+        backward calls f again, until it has all it needs, mostly before f's last matmul. (So a
+        counter in f would count twice.)"""
         if self.config.recompute:
             return checkpoint(f, *inputs, use_reentrant=False)
         return f(*inputs)
@@ -248,7 +250,7 @@ class MoE(SparseMLP):
             return at_least_float32(x) @ at_least_float32(self.router)
 
     def shared_parameters(self):
-        mine = ('router', 'router_in', 'w_down')                   # with w_down all C_i are found
+        mine = ('router', 'router_in', 'w_down')       # factorised: C_i of all E are found, too
         return sum(p.numel() for name, p in self.named_parameters() if name in mine)
 
 
@@ -404,7 +406,7 @@ class GPT(nn.Module):
             all others                                0.02
 
         0.02 for the first line, as in GPT-2, suits a D of some thousands: at D 96 the experts start
-        nearly alike, and every variant ends higher.
+        nearly alike, and every variant ends at a higher loss.
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
@@ -435,7 +437,7 @@ class GPT(nn.Module):
             routings.append(routing)
         logits = self.head(self.norm(x))                           # (B, S, vocab_size)
         loss = None if targets is None else cross_entropy(logits, targets)
-        if self.config.mlp == 'dense':                             # empty, so train.py needs no if
+        if self.config.mlp == 'dense':                             # empty: the loop needs no if
             return logits, loss, Routing(*(x.new_empty(0) for _ in Routing._fields))
         fields = zip(*routings)                                    # all scores, all chosen, ...
         return logits, loss, Routing(*(torch.stack(field) for field in fields))
@@ -458,7 +460,10 @@ class GPT(nn.Module):
             raise ValueError('expected a token at least to continue, got none')
         self.eval()
         generator = torch.Generator(idx.device)
-        generator.manual_seed(seed) if seed is not None else generator.seed()
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.config.block_size:])[0][:, -1, :vocab_size]
             logits = at_least_float32(logits)                      # (B, vocab_size)
@@ -524,9 +529,9 @@ def sort_by_expert(I, w, E, leave_out):
         token    b . .     .     a  c  .         . is padding
         expert   0 0 0     0     1  1  1
 
-    Each expert has a multiple of PAD rows: a CPU prepares each new shape of a bfloat16 matmul for
-    longer than it then takes. It has PAD at least: PyTorch (issue 172439) gives garbage as the
-    gradient of an expert without rows.
+    Each expert has a multiple of PAD rows: for each new shape of a bfloat16 matmul a CPU prepares
+    longer than it then multiplies. It has PAD at least: PyTorch (issue 172439) gives garbage as
+    the gradient of an expert without rows.
 
     P does not depend on who was chosen, so no GPU has to be waited for: there is room for any
     choice, and the last expert takes what is left. leave_out: most of I is -1, nobody, and gets no
@@ -539,18 +544,18 @@ def sort_by_expert(I, w, E, leave_out):
     P = PAD * (math.ceil(pairs / PAD) + E)                         # never below size.sum()
     ends = size.cumsum(0)
 
-    # sorting by expert gives the pairs (t * K + k) of expert 0, then of 1, ...; nobody comes last
-    expert, pair = I.masked_fill(I < 0, E).flatten().sort(stable=True)
-    expert, pair = expert[:pairs], pair[:pairs]
-    padding_before = F.pad((size - load).cumsum(0), (1, 0))        # for expert 0, 1, ..., nobody
-    row = torch.arange(pairs, device=I.device) + padding_before[expert]
+    # sorting gives the places in I (t * K + k) of expert 0, then of 1, ...; nobody's come last
+    expert, place = I.masked_fill(I < 0, E).flatten().sort(stable=True)
+    expert, place = expert[:pairs], place[:pairs]
+    padding_before = F.pad((size - load).cumsum(0), (1, 0))        # before expert 0, 1, ..., nobody
+    row_of_place = torch.arange(pairs, device=I.device) + padding_before[expert]
     ends[-1] = P
-    token = pair.new_zeros(P).scatter(0, row, pair // K)
+    token = place.new_zeros(P).scatter(0, row_of_place, place // K)
     expert_of_row = (torch.arange(P, device=I.device).unsqueeze(1) >= ends).sum(1)
     return Rows(token=token, pair=token * E + expert_of_row,
-                weight=w.new_zeros(P).scatter(0, row, w.flatten()[pair]),
+                weight=w.new_zeros(P).scatter(0, row_of_place, w.flatten()[place]),
                 ends=ends.int(),
-                row=pair.new_full((T * K,), P - 1).scatter(0, pair, row).view(T, K))
+                row=place.new_full((T * K,), P - 1).scatter(0, place, row_of_place).view(T, K))
 
 
 def of_each(w, x, rows):

@@ -104,8 +104,8 @@ def number_text(texts, experts):
 
 def stand_outs(entry):
     """What stands out in an evaluation, an entry of log.jsonl: for each layer the experts that
-    handle a quarter more of a class of characters than of all, as [(expert, text), ...], such as
-    (3, '91 % of the line ends, 64 % of the capitals (25 % of all)')."""
+    handle more of a class of characters than of all, by 25 points or more: [(expert, text), ...],
+    such as (3, '91 % of the line ends, 64 % of the capitals (25 % of all)')."""
     names, layers = (*CLASSES[:-1], 'digits and punctuation'), []
     for loads, per_token, class_load in zip(entry['load'], entry['experts_per_token'],
                                             entry['class_load']):

@@ -67,7 +67,7 @@ class Recipe(GPTConfig):
     """The keys that shape a result, which a resumed run can't change: the model's, then these."""
     # training
     batch_size: int = 16                 # sequences of block_size tokens, in the model at once
-    gradient_accumulation_steps: int = 1   # batches in an iteration; L_aux balances each by itself
+    gradient_accumulation_steps: int = 1   # batches in an iteration; each has an L_aux of its own
     learning_rate: float = 2e-3          # the highest, reached after the warm-up
     min_lr: float | None = None          # the lowest; None: a tenth of learning_rate
     warmup_iters: int = 100              # iterations of linear warm-up
@@ -141,7 +141,7 @@ class TrainConfig(Recipe):
 def plan_runs(from_file, from_line):
     """The TrainConfigs that the keys of a config file and of the command line ask for: one for each
     entry of `runs`, or of mlp's list, and for each of `seeds`; all with one seed, then with the
-    next. The line wins over the file, and --mlp over its runs:
+    next. The line wins over the file; --mlp there replaces the file's runs:
 
         {'runs': {'a': {'mlp': 'aoe'}, 'm': {'mlp': 'moe'}}, 'seeds': (1, 2)}  ->  a-1 m-1 a-2 m-2
         {'mlp': 'aoe,moe'}  ->  aoe moe
@@ -154,8 +154,9 @@ def plan_runs(from_file, from_line):
         runs = {mlp: {'mlp': mlp} for mlp in values.pop('mlp', TrainConfig.mlp).split(',')}
     if not runs or only is not None and len(runs) > 1:
         raise UserError(f'runs: expected one at least, and one alone with --name, got {len(runs)}')
-    # what all runs have in common, and no entry of `runs` may have of its own
-    common = {'runs', 'name', 'seed', 'seeds', 'out_dir', 'jobs'} | from_line.keys() - {'mlp'}
+    # no entry of `runs` may have these
+    not_of_one_run = {'runs', 'name', 'seed', 'seeds', 'out_dir', 'jobs'}
+    not_of_one_run |= from_line.keys() - {'mlp'}
 
     planned = {}                         # folder -> its run
     for seed in seeds or [values.get('seed', TrainConfig.seed)]:
@@ -165,7 +166,7 @@ def plan_runs(from_file, from_line):
             if not isinstance(differs, dict):
                 raise UserError(f'{where}expected a dict of keys, got {differs!r}')
             own = {key: check_type(TrainConfig, key, differs[key], where) for key in differs}
-            for key in common & own.keys():
+            for key in not_of_one_run & own.keys():
                 raise UserError(f'{where}expected keys of one run, got {key}, which all share')
             run = TrainConfig(**values | own | {'name': only or name, 'seed': seed})
             if planned.setdefault(run.folder, run) is not run:
@@ -240,6 +241,7 @@ class Data:
         n = min(self.config.eval_iters, math.ceil(tokens / (size * S)))   # once each is enough
         starts = np.linspace(0, tokens - S - 1, n * size, dtype=np.int64)
         if split == 'test':
+            # a window of S + 1 tokens fits between two others without touching either
             room = starts[-1] / max(1, n * size - 1) >= 2 * (S + 1)
             n = n - 1 if room else 0
             starts = ((starts[:-1] + starts[1:]) // 2)[:n * size]
@@ -262,15 +264,15 @@ def measure(routing, classes, config):
     E = config.n_expert
     chosen = routing.chosen.masked_fill(routing.chosen < 0, E)     # nobody (-1) counts as expert E
     used = F.one_hot(chosen, E + 1)[..., :E].sum(2).float()        # who handles what: (L, T, E)
-    kind = used.new_zeros(used.shape[1], 0)                        # of which class: (T, none)
+    kind = used.new_zeros(used.shape[1], 0)                        # of which class: (T, 0)
     if classes is not None:
         kind = F.one_hot(classes, len(CLASSES)).float()            # (T, classes)
-    is_norm = config.mlp == 'aoe'                                  # else (L, 0): no norms to log
+    is_norm = config.mlp == 'aoe'                                  # a router's scores are not
     return {
         'tokens': torch.tensor(used.shape[1]),                     # T
         'used': used.sum(1),                                       # T f of Eq. 6: (L, E)
         'ent_conf': entropy(routing.scores).mean(1),               # Eq. 8: (L,)
-        'norm': routing.scores.mean(1)[:, :E if is_norm else 0],   # (L, E)
+        'norm': routing.scores.mean(1)[:, :E if is_norm else 0],   # (L, E), or (L, 0)
         'aux_loss': routing.aux_loss.sum(),
         'handled': kind.T @ used,                                  # (L, classes, E)
         'of_class': kind.sum(0).unsqueeze(1),                      # (classes, 1)
@@ -342,12 +344,12 @@ def train(config, stop, make_bar=tqdm):
     if c.threads:
         torch.set_num_threads(c.threads)
     if os.path.exists(c.path('ckpt.pt')) or c.eval_only:
-        if c.init_from == 'scratch' and not c.eval_only:           # it was not there at the start
+        if c.init_from == 'scratch' and not c.eval_only:           # main has refused what was
             tqdm.write(f'{c.folder}: another process has trained it; left as it is')
             return
         checkpoint = load_checkpoint(c.path('ckpt.pt'), device, 'optimizer', 'scaler')
     data = Data(c, device)
-    recipe = settle(c, device, data, checkpoint)                   # and what c leaves open
+    recipe = settle(c, device, data, checkpoint)   # and c's vocab_size, dtype, lr_decay_iters ...
 
     torch.manual_seed(c.seed)
     model = GPT(c).to(device)
@@ -398,9 +400,9 @@ def train(config, stop, make_bar=tqdm):
                 refuse_not_finite(c, model, iteration, facts, log[-1])
             save(c, 'ckpt.pt', model, data, recipe, iter=iteration, seconds=seconds, log=log,
                  optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            if log and log[-1]['iter'] == iteration:
-                if log[-1]['val_loss'] <= min(entry['val_loss'] for entry in log):
-                    save(c, 'best.pt', model, data, recipe)
+            lowest = min((entry['val_loss'] for entry in log), default=None)
+            if log and log[-1]['iter'] == iteration and log[-1]['val_loss'] == lowest:
+                save(c, 'best.pt', model, data, recipe)
             write_text(c.path('log.jsonl'), as_lines(log))
             write_config(c, facts, iter=iteration)
             if not evaluated and not stopped:
@@ -420,7 +422,7 @@ def train(config, stop, make_bar=tqdm):
             if WORLD_SIZE > 1:           # processes average their gradients once an iteration
                 forward.require_backward_grad_sync = micro_step == micro_steps[-1]
             with autocast:
-                loss, routing = forward(idx, targets)[1:]          # drops logits before backward
+                loss, routing = forward(idx, targets)[1:]          # logits go before backward
             scaler.scale((loss + routing.aux_loss.sum()) / len(micro_steps)).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
@@ -484,7 +486,7 @@ def describe(config, facts, device):
 # a run's files: ckpt.pt is the latest state, best.pt the weights with the lowest validation loss;
 # both hold the recipe, all that shapes the result
 
-# may change on the way; then it is 'cpu then cuda'
+# may differ where a run goes on; the recipe then says 'cpu then cuda'
 MAY_CHANGE = ('device', 'processor', 'torch', 'model.py', 'train.py')
 
 
@@ -520,7 +522,8 @@ def settle(config, device, data, checkpoint):
     if not checkpoint:
         return recipe
 
-    was = defaults | was                                           # of before a key was there
+    # a run that goes on: with the same recipe. A checkpoint may be older than a key
+    was = defaults | was
     for key in MAY_CHANGE:
         if was[key].split(' then ')[-1] != recipe[key]:
             tqdm.write(f'{c.folder}: {key} is {recipe[key]} now, and was {was[key]}')
@@ -733,7 +736,8 @@ def bfloat16_gain(rows, D, d):
 
 def keep_freed_memory():
     """Let glibc, where there is one, keep large freed blocks instead of returning them to the
-    kernel, which clears them page by page when the next step asks again: a quarter of the time."""
+    kernel, which clears them page by page when the next step asks again: that would take a quarter
+    of a step's time."""
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4           # of glibc's malloc.h
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -804,7 +808,7 @@ def train_apart(config, stop, connection):
         sender.send('diverged' if isinstance(error, Diverged) else 'error', str(error))
 
 
-class Apart:
+class Worker:
     """A run in a process of its own, as the first process sees it."""
 
     def __init__(self, run, stop, place):
@@ -843,33 +847,33 @@ def train_side_by_side(runs, jobs, stop):
     try:
         while at_work or waiting and not stop.is_set():
             while waiting and len(at_work) < jobs and not stop.is_set():
-                free = set(range(jobs)) - {apart.place for apart in at_work}
-                at_work.append(Apart(waiting.pop(0), stop, min(free)))
-            for apart in wait(at_work):
+                free = set(range(jobs)) - {worker.place for worker in at_work}
+                at_work.append(Worker(waiting.pop(0), stop, min(free)))
+            for worker in wait(at_work):
                 failure = None
                 try:
-                    message, *values = apart.connection.recv()
+                    message, *values = worker.connection.recv()
                 except (EOFError, OSError):                        # the process has ended
-                    at_work.remove(apart)
-                    failure = apart.end()
+                    at_work.remove(worker)
+                    failure = worker.end()
                 else:
                     if message == 'write':
                         tqdm.write(values[0], end='')
                     elif message == 'bar':
-                        apart.make_bar(values[0])
+                        worker.make_bar(values[0])
                     elif message == 'diverged':
                         failure = values[0]
                     elif message == 'error':
                         error = error or values[0]
                         stop.set()
-                    else:                                          # what its bar does
-                        getattr(apart.bar, message)(*values)
+                    else:                                          # set_postfix_str, update, close
+                        getattr(worker.bar, message)(*values)
                 if failure:
                     failures.append(failure)
                     tqdm.write(f'error: {failure}', file=sys.stderr)
     finally:
-        for apart in at_work:                                      # after a second Ctrl-C
-            apart.process.kill()
+        for worker in at_work:                                     # after a second Ctrl-C
+            worker.process.kill()
     if error:
         raise UserError(error)
     return bool(failures)
@@ -893,15 +897,15 @@ def length_of(config):
 
 
 def memory_of(config):
-    """Bytes that a run takes, roughly: PyTorch, a weight's four numbers, what backward needs."""
+    """Bytes that a run takes, roughly: PyTorch, four numbers a weight, what backward needs."""
     c = config
     weights = 3 * c.n_layer * c.n_expert * c.n_embd * c.d_ffn
     return 6e8 + 16 * weights + 400 * c.batch_size * c.block_size * c.n_layer * c.n_embd
 
 
 def share_the_machine(runs):
-    """How many of the runs to train at once; decides their threads, and their dtype if it is auto:
-    a trial is right as long as nothing else runs."""
+    """How many of the runs to train at once. Decides their threads, and their dtype if it is auto,
+    since bfloat16_gain's timing is right only as long as nothing else runs."""
     c, on_cpu = runs[0], choose_device(runs[0].device).type == 'cpu'
     room = free_memory() / max(map(memory_of, runs))
     jobs = c.jobs or (int(max(1, min(cores(), room))) if on_cpu else 1)
@@ -967,8 +971,8 @@ def read_results(path):
 
 
 def group(results):
-    """Run -> {seed: result}. Seeds stand together where all else that shaped them is equal and they
-    are equally far; other runs of the same name get what differs as part of their name, such as
+    """Run -> {seed: result}. Results are seeds of one run where name, recipe (but for the seed) and
+    iteration are equal; other runs of the same name get what differs as part of it, such as
     'aoe (top_k 1)'. Raises UserError for one seed of one run twice."""
     groups = {}                          # name and facts as text -> (name, facts, {seed: result})
     for result in results:
@@ -1086,14 +1090,14 @@ def draw_loss(plt, runs, color):
         points = [[log[n]['val_loss'] for log in logs] for n in iterations]
         seconds = [statistics.mean(log[n]['seconds'] for log in logs) for n in iterations]
         means = [statistics.mean(losses) for losses in points]
-        loss = f'{name} {statistics.mean(losses_of(seeds)):.4f}'
-        loss += f', {len(seeds)} seeds' if len(seeds) > 1 else ''
+        label = f'{name} {statistics.mean(losses_of(seeds)):.4f}'
+        label += f', {len(seeds)} seeds' if len(seeds) > 1 else ''
         for axes, x in zip(panels, (iterations, seconds)):
             axes.plot(x, means, color=color[name], marker='.',
                       linestyle=('-', '--', ':')[i // len(COLORS) % 3])
             axes.fill_between(x, [min(losses) for losses in points],
                               [max(losses) for losses in points], color=color[name], alpha=0.2)
-        ends.append((means[-1], color[name], (iterations[-1], loss), (seconds[-1], name)))
+        ends.append((means[-1], color[name], (iterations[-1], label), (seconds[-1], name)))
         without_first += [loss for losses in points[1:] or points for loss in losses]
     low, high = min(without_first) - 0.05, max(without_first) + 0.05
     panels[0].set(title='same tokens', xlabel='iteration', ylim=(low, high),
@@ -1129,7 +1133,7 @@ def draw_layers(key, draw_panel, label):
                     continue
                 axes.set_title(f'{name}, layer {layer + 1}', fontsize=9)
                 image = draw_panel(axes, log, layer, color[name])
-        if image is not None:
+        if image is not None:            # of draw_class; all of its panels go from 0 to 1
             figure.colorbar(image, ax=panels, shrink=0.6)
         figure.supxlabel(label, fontsize=9)
         return figure
@@ -1137,7 +1141,7 @@ def draw_layers(key, draw_panel, label):
 
 
 def draw_load(axes, log, layer, color):
-    """Figure 3: the load of each expert, against 1/E."""
+    """Figure 3 of the paper: the load of each expert, against 1/E."""
     shares = log[-1]['load'][layer]
     axes.bar(range(len(shares)), shares, color=color)
     axes.axhline(1 / len(shares), color='black', linestyle='--', linewidth=1)
@@ -1146,7 +1150,7 @@ def draw_load(axes, log, layer, color):
 
 
 def draw_norm(axes, log, layer, color):
-    """Figure 4: the mean activation norm of every expert over training."""
+    """Figure 4 of the paper: the mean activation norm of every expert over training."""
     axes.plot([entry['iter'] for entry in log], [entry['norm'][layer] for entry in log],
               color=color, alpha=0.7)
 
