@@ -405,37 +405,32 @@ LINUX = pytest.mark.skipif(not os.path.exists('/proc/self/task'), reason='needs 
 
 @pytest.mark.slow
 def test_side_by_side_runs_are_those_in_turn_to_the_last_bit(workspace):
-    more = ['--mlp=dense,moe,aoe', '--seeds=1,2', '--dropout=0.1']
-    beside = start('beside', *more, cwd=workspace)
-    printed, errors = beside.communicate()
-    assert (beside.returncode, errors) == (0, '')                  # and no bars in a pipe
-    run_here(train.main, *SMALL, *more, '--out_dir=out/in_turn', cwd=workspace)
-    names = [f'{mlp}-{seed}' for mlp in VARIANTS for seed in (1, 2)]
-    for name in names:
-        logs = [read_log(workspace / 'out' / out / name / 'log.jsonl')
-                for out in ('beside', 'in_turn')]
-        for entry in (*logs[0], *logs[1]):
-            del entry['seconds']
-        assert logs[0] == logs[1] and len(logs[0]) == 3
-        checkpoints = [train.load_checkpoint(workspace / 'out' / out / name / 'ckpt.pt', 'cpu')
-                       for out in ('beside', 'in_turn')]
-        assert checkpoints[0]['recipe'] == checkpoints[1]['recipe']
-        assert all(map(torch.equal, *(c['model'].values() for c in checkpoints)))
-        assert len(re.findall(f'^{name} +iter ', printed, re.M)) == 3
-    assert re.findall('in out/beside/(.+)', printed)[:2] == ['aoe-1', 'aoe-2']
+    more = ['--mlp=dense,moe,aoe', '--seeds=1', '--dropout=0.1', '--lr_decay_iters=20']
+    names = [f'{mlp}-1' for mlp in VARIANTS]
+
+    def states(out):
+        return [train.load_checkpoint(workspace / 'out' / out / name / 'ckpt.pt', 'cpu')
+                for name in names]
+    process = start('beside', *more, cwd=workspace)
+    printed, errors = process.communicate()
+    assert (process.returncode, errors) == (0, '')                 # and no bars in a pipe
     assert '\r' not in printed and all(len(line) <= 80 for line in printed.splitlines())
+    assert sorted(re.findall('in out/beside/(.+)', printed)[:2]) == ['aoe-1', 'moe-1']
     assert sorted(os.listdir(workspace / 'out/beside')) == sorted(
         [*names, *PICTURES, 'results.jsonl'])
-    again = start('beside', *more, '--init_from=resume', '--max_iters=30', cwd=workspace)
-    assert again.wait() == 0
-    run_here(train.main, *SMALL, *more, '--out_dir=out/beside', '--init_from=resume',
-             '--max_iters=40', cwd=workspace)                      # with another number of jobs
-    run_here(train.main, *SMALL, *more, '--out_dir=out/in_turn', '--init_from=resume',
-             '--max_iters=40', cwd=workspace)
-    for name in names:
-        a, b = (train.load_checkpoint(workspace / 'out' / out / name / 'ckpt.pt', 'cpu')['model']
-                for out in ('beside', 'in_turn'))
-        assert all(map(torch.equal, a.values(), b.values()))
+    run_here(train.main, *SMALL, *more, '--out_dir=out/in_turn', cwd=workspace)
+    for name, beside, in_turn in zip(names, states('beside'), states('in_turn')):
+        assert len(re.findall(f'^{name} +iter ', printed, re.M)) == len(beside['log']) == 3
+        for entry in (*beside['log'], *in_turn['log']):
+            del entry['seconds']
+        assert beside['log'] == in_turn['log'] and beside['recipe'] == in_turn['recipe']
+    # and go on, in turn and side by side
+    more += ['--init_from=resume', '--max_iters=30']
+    run_here(train.main, *SMALL, *more, '--out_dir=out/beside', cwd=workspace)
+    assert start('in_turn', *more, cwd=workspace).wait() == 0
+    for beside, in_turn in zip(states('beside'), states('in_turn')):
+        assert beside['iter'] == in_turn['iter'] == 30
+        assert all(map(torch.equal, beside['model'].values(), in_turn['model'].values()))
 
 
 @pytest.mark.slow
