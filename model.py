@@ -55,7 +55,7 @@ class GPTConfig:
     conf_weight: float = 0.0             # of a penalty on unsure choices; paper: 1e-4 with top_p
     capacity_factor: float = 2.0         # for expert_choice: an expert takes this * T/E tokens
     # memory
-    recompute: bool | None = None        # keep less for backward, and compute it again; None: GPU
+    recompute: bool | None = None        # compute again in backward; None: train.py, on a GPU
 
     def __post_init__(self):
         fill_in(self)                                              # part 4
@@ -157,7 +157,8 @@ class SparseMLP(nn.Module):
 
         C (T, E, d_low): all x Wdown_i, if aoe has them already. A whole gate ignores it.
         """
-        rows = sort_by_expert(I, w, self.config.n_expert, leave_out=self.config.select != 'top_k')
+        mostly_nobody = self.config.select != 'top_k'              # of I, most is -1
+        rows = sort_by_expert(I, w, self.config.n_expert, leave_out=mostly_nobody)
         u = self.recomputed(self.up, x, rows)                      # w_i x Wp_i: (P, d)
         if self.config.factorised:
             if C is None:                # a router chose: look now, for all E, which is one matmul
@@ -166,7 +167,8 @@ class SparseMLP(nn.Module):
         else:
             g = self.recomputed(self.gate, x, rows)                # x Wg_i: (P, d)
         y = self.recomputed(self.out, g, u, rows)                  # (P, D)
-        return sum_rows(y, rows)                                   # (T, D)
+        token = rows.token.unsqueeze(1).expand_as(y)               # (index_add would keep y)
+        return y.new_zeros(x.shape).scatter_add(0, token, y)       # each token's rows: (T, D)
 
     def up(self, x, rows):
         weighted = x.index_select(0, rows.token) * rows.weight.type_as(x).unsqueeze(1)
@@ -502,7 +504,7 @@ def cross_entropy(logits, targets):
     """
     def summed(logits, targets):
         return F.cross_entropy(at_least_float32(logits), targets, reduction='sum')
-    pieces = zip(logits.flatten(0, 1).split(2048), targets.flatten().split(2048))
+    pieces = zip(logits.flatten(0, 1).split(2048), targets.flatten().split(2048), strict=True)
     loss = sum(checkpoint(summed, *piece, use_reentrant=False) for piece in pieces)
     return loss / (targets != -100).sum()
 
@@ -516,14 +518,13 @@ class Rows(NamedTuple):
     pair: torch.Tensor       # (P,)    token * E + its expert
     weight: torch.Tensor     # (P,)    w of the pair; 0 in padding
     ends: torch.Tensor       # (E,)    int32: where each expert's rows end; the last is P
-    row: torch.Tensor        # (T, K)  the row of each pair; for nobody (-1) one of weight 0
 
 
 PAD = 16
 
 
 def sort_by_expert(I, w, E, leave_out):
-    """The Rows of I and w (T, K). With E = 2, K = 1, tokens a, b, c and I = [1, 0, 1]:
+    """The Rows of I and w (T, K). With E = 2, K = 1, tokens a, b, c and I = [[1], [0], [1]]:
 
         row      0 1 2 ... 15   16 17 18 ...
         token    b . .     .     a  c  .         . is padding
@@ -541,8 +542,8 @@ def sort_by_expert(I, w, E, leave_out):
     load = count(I, E)                                             # (E,)
     pairs = int(load.sum()) if leave_out else T * K
     size = PAD * ((load.clamp(min=1) + PAD - 1) // PAD)            # rows of each expert: (E,)
-    P = PAD * (math.ceil(pairs / PAD) + E)                         # never below size.sum()
-    ends = size.cumsum(0)
+    P = PAD * (math.ceil(pairs / PAD) + E) if T else 0             # never below size.sum()
+    ends = size.cumsum(0).clamp(max=P)
 
     # sorting gives the places in I (t * K + k) of expert 0, then of 1, ...; nobody's come last
     expert, place = I.masked_fill(I < 0, E).flatten().sort(stable=True)
@@ -554,8 +555,7 @@ def sort_by_expert(I, w, E, leave_out):
     expert_of_row = (torch.arange(P, device=I.device).unsqueeze(1) >= ends).sum(1)
     return Rows(token=token, pair=token * E + expert_of_row,
                 weight=w.new_zeros(P).scatter(0, row_of_place, w.flatten()[place]),
-                ends=ends.int(),
-                row=place.new_full((T * K,), P - 1).scatter(0, place, row_of_place).view(T, K))
+                ends=ends.int())
 
 
 def of_each(w, x, rows):
@@ -573,15 +573,9 @@ def has_grouped_mm(x, w):
     known = (torch.bfloat16,)
     if not torch.compiler.is_compiling():
         known = (torch.bfloat16, torch.float16, torch.float32)
+    # the larger stride is the length of a row, also where a matrix is transposed
     whole = all(max(t.stride()[-2:]) * t.element_size() % 16 == 0 for t in (x, w))
     return hasattr(F, 'grouped_mm') and x.dtype in known and whole
-
-
-def sum_rows(y, rows):
-    """For each token the sum of its rows: y (P, D) -> (T, D)."""
-    if y.device.type == 'cpu':               # one pass, where the line below makes two
-        return F.embedding_bag(rows.row, y, mode='sum')
-    return y[rows.row].sum(1)
 
 
 # -----------------------------------------------------------------------------
@@ -625,8 +619,11 @@ def refuse_misfits(config):
         value = getattr(c, key)
         if value is not None and not 0 < value < 2**31:
             refuse(c, key, 'a positive number')
-    if c.mlp not in MLPS:
-        refuse(c, 'mlp', 'one of aoe, moe, dense')
+    for key, known in (('mlp', ('aoe', 'moe', 'dense')), ('router', ('linear', 'large', 'norm')),
+                       ('select', ('top_k', 'top_p', 'expert_choice')),
+                       ('weigh_among', ('chosen', 'all'))):
+        if getattr(c, key) not in known:
+            refuse(c, key, f'one of {", ".join(known)}')
     if not 0 < c.top_p <= 1:
         refuse(c, 'top_p', 'more than 0 and at most 1')
     if not 0 < c.capacity_factor < 2**31:
