@@ -30,9 +30,11 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -375,14 +377,16 @@ def train(config, stop, make_bar=tqdm):
         report(c, log[-1])                                         # nothing is left to do
         return
     lock = make_folder(c)                                          # held until the run has ended
-    if lock is None:
+    if lock is None or RANK == 0 and not checkpoint and os.path.exists(c.path('ckpt.pt')):
+        if WORLD_SIZE > 1:               # whose other processes would wait for this one
+            raise UserError(f'{c.folder}: expected to be alone with it, got another that trains it')
         tqdm.write(f'{c.folder}: another process trains it; left to that')
         return
 
     micro_steps = range(RANK, c.gradient_accumulation_steps, WORLD_SIZE)       # of this process
     tokens_per_iter = c.gradient_accumulation_steps * c.batch_size * c.block_size
     bar = make_bar(total=c.max_iters * tokens_per_iter, initial=iteration * tokens_per_iter,
-                   desc=c.name, unit='tok', unit_scale=True, dynamic_ncols=True,
+                   desc=os.path.basename(c.folder), unit='tok', unit_scale=True, dynamic_ncols=True,
                    disable=True if RANK else None)                 # None: without a terminal
     clock = time.perf_counter()
     while True:
@@ -391,7 +395,7 @@ def train(config, stop, make_bar=tqdm):
         if (iteration % c.eval_interval == 0 or ended or stopped) and RANK == 0:
             refuse_not_finite(c, model, iteration, facts)
             seconds += time.perf_counter() - clock                 # the clock stands still here
-            evaluated = log and log[-1]['iter'] == iteration
+            evaluated = bool(log) and log[-1]['iter'] == iteration
             if not evaluated and not stopped:
                 splits = ('train', 'val', 'test') if ended else ('train', 'val')
                 log.append({'iter': iteration, 'tokens': iteration * tokens_per_iter,
@@ -568,7 +572,9 @@ def load_checkpoint(path, device, *required):
 def load_state(model, optimizer, scaler, checkpoint, path):
     load_weights(model, checkpoint, path)
     state = checkpoint['optimizer']
-    if state['param_groups'][0].keys() != optimizer.param_groups[0].keys():
+    was, now = ([(group.keys(), len(group['params'])) for group in groups]
+                for groups in (state['param_groups'], optimizer.param_groups))
+    if was != now:
         raise UserError(f'{path}: expected the state of the optimizer that train.py has now, got '
                         'that of another; train anew with --name=')
     optimizer.load_state_dict(state)
@@ -800,12 +806,18 @@ class Sender:
 
 def train_apart(config, stop, connection):
     """train() in a process of its own."""
+    tqdm.set_lock(threading.RLock())     # its default is told as leaked, if this is killed
     sys.stdout = sender = Sender(connection)
     keep_freed_memory()
     try:
         train(config, stop, sender.bar)
     except UserError as error:
         sender.send('diverged' if isinstance(error, Diverged) else 'error', str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not re.search('MemoryError|out of memory|allocate memory', repr(error)):
+            raise
+        sender.send('error', f'{config.folder}: expected enough memory, got {error!r:.100}; try '
+                    'fewer --jobs, or a smaller --batch_size')
 
 
 class Worker:
@@ -948,26 +960,28 @@ def checked(result):
 def read_results(path):
     """The results of all runs in an out_dir, without those that can't be read, which it tells; or
     of all lines of a results.jsonl, which have no log. Raises UserError where it is neither."""
-    results = []
+    results = {}                         # a run that stands in two folders counts once
     if os.path.isdir(path):
         for folder in sorted(os.listdir(path)):
             folder = os.path.join(path, folder)
             try:
-                if os.path.exists(os.path.join(folder, 'config.json')):
-                    results.append(read_result(folder))
+                if read_text(os.path.join(folder, 'log.jsonl')):       # it has been evaluated
+                    result = read_result(folder)
+                    same = [result[key] for key in ('run', 'seed', 'iter', 'recipe')]
+                    results[json.dumps(same, sort_keys=True)] = result
             except (ValueError, TypeError, KeyError, IndexError, OSError) as error:
                 tqdm.write(f'{folder} is left out: {error!r:.60}')
     else:
         for number, line in enumerate(read_text(path).splitlines(), 1):
             try:
-                results.append(checked(json.loads(line)))
+                results[number] = checked(json.loads(line))
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise UserError(f'{path}, line {number}: expected a line of a results.jsonl of '
                                 f'train.py, got {error!r:.60}') from None
     if not results:
         raise UserError(f'{path}: expected an out_dir with runs, or a results.jsonl of train.py, '
                         'got neither')
-    return results
+    return list(results.values())
 
 
 def group(results):
@@ -990,7 +1004,10 @@ def group(results):
         others = [other for another, other, _ in groups.values() if another == name]
         differ = [f'{key} {value}' for key, value in facts.items()
                   if key == 'diverged at' or any(other.get(key) != value for other in others)]
-        runs[name + (f' ({", ".join(differ)})' if differ else '')] = seeds
+        label = name + (f' ({", ".join(differ)})' if differ else '')
+        while label in runs:             # 0.0 and -0.0; a run that is called 'moe (top_k 1)'
+            label += "'"
+        runs[label] = seeds
     return runs
 
 
@@ -1021,7 +1038,7 @@ def print_table(out_dir):
     for name, seeds in runs.items():
         first, *_ = results = list(seeds.values())
         ent_load = [statistics.mean(result['ent_load']) for result in results if result['ent_load']]
-        speeds = [result['tokens'] / result['seconds'] for result in results if result['seconds']]
+        speeds = [result['tokens'] / result['seconds'] for result in results if result['tokens']]
         table.append((name, f'{first["total_parameters"]:,}', f'{first["active_parameters"]:,}',
                       'diverged' if 'diverged' in first else mean_and_spread(losses_of(seeds)),
                       f'{statistics.mean(ent_load):.3f}' if ent_load else '-',
@@ -1195,6 +1212,8 @@ def main(arguments):
         try:
             train(run, stop)
         except Diverged as error:                                  # the others go on
+            if WORLD_SIZE > 1:           # not all processes may know, and would wait for this one
+                raise
             failed = True
             tqdm.write(f'error: {error}', file=sys.stderr)
         if stop.is_set():
@@ -1204,7 +1223,7 @@ def main(arguments):
         print('\nstopped and saved; to go on: '
               f'python train.py {shlex.join(again)} --init_from=resume')
         sys.exit(128 + stop.flag.value)
-    if RANK == 0 and not c.eval_only:
+    if RANK == 0 and not c.eval_only and any(read_log(run.path('log.jsonl')) for run in runs):
         draw(c.out_dir)
         print_table(c.out_dir)
     if WORLD_SIZE > 1:
