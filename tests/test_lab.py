@@ -47,7 +47,7 @@ def test_the_notebook_runs_to_its_end_from_nothing(tmp_path):
     nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
     text = notebook('--max_iters=4 --eval_interval=2 --eval_iters=1 --batch_size=2')
     nb = nbformat.reads(text.replace(REPO, ROOT), as_version=4)
-    nbclient.NotebookClient(nb, timeout=600, resources={'metadata': {'path': tmp_path}}).execute()
+    nbclient.NotebookClient(nb, timeout=1800, resources={'metadata': {'path': tmp_path}}).execute()
     outputs = [output for cell in nb.cells for output in cell.get('outputs', ())]
     printed = ''.join(output.get('text', '') for output in outputs)
     assert not re.search('error|Traceback', printed), printed

@@ -52,7 +52,7 @@ def show(path):
         display(Image(path))
     else:
         page = html.escape(open(path, encoding='utf-8').read())
-        display(HTML(f'<div><iframe srcdoc="{page}" width="100%" height="500"></iframe></div>'))
+        display(HTML(f'<div><iframe srcdoc="{page}" width="100%" height="700"></iframe></div>'))
 
 def edit(old, new):
     code = open('model.py', encoding='utf-8').read()
