@@ -24,3 +24,4 @@ beta2 = 0.99
 warmup_iters = 100
 eval_interval = 250
 eval_iters = 200
+dtype = 'float32'                        # as nanoGPT's on a CPU
