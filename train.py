@@ -1123,8 +1123,8 @@ def draw_loss(plt, runs, color):
     y = -math.inf
     for end, its_color, *labels in sorted(ends):                   # from below, none on another
         y = max(end, y + 0.04 * (high - low))
-        for axes, (x, text) in zip(panels, labels):
-            axes.annotate(text, (x, y), (6, 0), textcoords='offset points', color=its_color,
+        for axes, (x, text), height in zip(panels, labels, (y, end)):
+            axes.annotate(text, (x, height), (6, 0), textcoords='offset points', color=its_color,
                           fontsize=9, va='center', annotation_clip=False)
     for axes in panels:
         axes.grid(alpha=0.3)
