@@ -28,22 +28,29 @@ def pytest_configure(config):
     config.option.markexpr = config.option.markexpr or 'not slow'
 
 
-def run_script(script, *arguments, cwd, check=True, processes=1, torchrun=False):
-    """Run a script as a user does, with several processes through torchrun. Returns what is
-    finished, its output as text."""
+def start_script(script, *arguments, cwd, processes=1, torchrun=False, **more):
+    """Start a script as a user does, with several processes through torchrun. Returns what runs,
+    its output as text."""
     command = [sys.executable]
     if processes > 1 or torchrun:
         command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     environment = os.environ | {'MPLBACKEND': 'Agg', 'COLUMNS': '80', 'PYTHONIOENCODING': 'utf-8'}
-    process = subprocess.run([*command, os.path.join(ROOT, script), *arguments], cwd=cwd,
-                             capture_output=True, encoding='utf-8', env=environment)
+    return subprocess.Popen([*command, os.path.join(ROOT, script), *arguments], cwd=cwd,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8',
+                            env=environment, start_new_session=True, **more)
+
+
+def run_script(script, *arguments, check=True, **more):
+    """The same until it has ended."""
+    process = start_script(script, *arguments, **more)
+    out, err = process.communicate()
     if check:
-        assert process.returncode == 0, process.stderr
-    return process
+        assert process.returncode == 0, err
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 def run_here(main, *arguments, cwd='.', check=True):
-    """The same in this process, which saves the seconds of importing PyTorch: a script's main."""
+    """The same in this process, a script's main, which saves the seconds of importing PyTorch."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8') for _ in range(2))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import struct
-import subprocess
 import sys
 import time
 
@@ -20,7 +19,7 @@ import torch
 import sample
 import train
 from configurator import read_config_file
-from conftest import ROOT, SMALL, run_here, table_of
+from conftest import ROOT, SMALL, run_here, start_script, table_of
 from model import GPT
 from train import Data, TrainConfig, learning_rate_at, make_optimizer, plan_runs, read_log
 
@@ -370,12 +369,8 @@ def test_longer_runs_start_first():
 
 
 def start(out_dir, *arguments, cwd, **more):
-    """Start train.py with two jobs, in a session of its own, as a shell does."""
-    small = [argument for argument in SMALL if not argument.startswith('--jobs')]
-    return subprocess.Popen(
-        [sys.executable, os.path.join(ROOT, 'train.py'), *small, '--jobs=2',
-         f'--out_dir=out/{out_dir}', *arguments], cwd=cwd, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, encoding='utf-8', start_new_session=True, **more)
+    return start_script('train.py', *SMALL, '--jobs=2', f'--out_dir=out/{out_dir}', *arguments,
+                        cwd=cwd, **more)
 
 
 def wait_until(fact, process):
@@ -524,22 +519,6 @@ def test_too_little_memory_is_one_line(workspace):
     assert 'expected enough memory, got ' in errors and '--batch_size' in errors
 
 
-@pytest.mark.slow
-def test_a_second_process_goes_on_with_the_next_run(workspace):
-    more = ['--mlp=moe,dense', '--max_iters=300', '--eval_interval=100']
-    first = start('second', *more, cwd=workspace)
-    wait_until(lambda: (workspace / 'out/second/moe/ckpt.pt').exists()
-               or (workspace / 'out/second/dense/ckpt.pt').exists(), first)
-    second = run_here(train.main, *SMALL, *more, '--out_dir=out/second', '--init_from=auto',
-                      cwd=workspace)
-    printed, errors = first.communicate()
-    assert (first.returncode, errors) == (0, '')
-    assert 'another process trains it; left to that' in second.stdout
-    for mlp in ('moe', 'dense'):
-        log = read_log(workspace / 'out/second' / mlp / 'log.jsonl')
-        assert [entry['iter'] for entry in log] == [0, 100, 200, 300]
-
-
 @LINUX
 @pytest.mark.slow
 def test_a_terminal_of_80_columns_shows_a_bar_for_each_run(workspace):
@@ -549,8 +528,7 @@ def test_a_terminal_of_80_columns_shows_a_bar_for_each_run(workspace):
     process, terminal = pty.fork()
     if process == 0:
         os.chdir(workspace)
-        small = [argument for argument in SMALL if not argument.startswith('--jobs')]
-        os.execv(sys.executable, [sys.executable, os.path.join(ROOT, 'train.py'), *small,
+        os.execv(sys.executable, [sys.executable, os.path.join(ROOT, 'train.py'), *SMALL,
                                   '--jobs=2', '--mlp=moe', '--seeds=1,2', '--max_iters=300',
                                   '--eval_interval=100', '--out_dir=out/terminal'])
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('4H', 24, 80, 0, 0))
