@@ -113,7 +113,7 @@ def check_type(cls, key, value, where='--', note=''):
         tuple                '1,2' -> (1, 2)       5 -> (5,); range(2) -> (0, 1)
         Literal['a', True]   'True' -> True        'b' and 1 are refused
 
-    Raises UserError; where stands before the key, note behind what is said of an unknown one."""
+    Raises UserError; in its text `where` precedes the key, `note` ends that for an unknown key."""
     known = {field.name: field.type for field in dataclasses.fields(cls)}
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
@@ -128,6 +128,8 @@ def check_type(cls, key, value, where='--', note=''):
         value = os.path.expanduser(value)
     if type(value) is float and not math.isfinite(value):
         raise UserError(f'{where}{key}: expected a finite number, got {value}')
+    if type(value) is int and value.bit_length() > 10_000:         # Python won't print it
+        raise UserError(f'{where}{key}: expected a smaller number, got one of thousands of digits')
     for option in options:               # types, or of a Literal the values
         if isinstance(option, type):
             fits = type(value) is option

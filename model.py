@@ -47,7 +47,7 @@ class GPTConfig:
     d_low: int | None = None             # inner width of a factorised gate; None: about D / 3
     d_judge: int | None = None           # aoe, whole gate: neurons that score; None: about D / 6
     aux_weight: float = 0.0              # of L_aux, which makes loads even; paper: 0 and 0.01
-    # the paper's other variants (Tables 2 and 3)
+    # other variants: the paper's (Tables 2 and 3), and the router 'norm', ours
     router: Literal['linear', 'large', 'norm'] = 'linear'   # how a router of moe scores
     select: Literal['top_k', 'top_p', 'expert_choice'] = 'top_k'   # how experts are chosen
     top_p: float = 0.6                   # for top_p: the probability that the chosen reach together
@@ -76,10 +76,11 @@ def equation_5(D, d_ffn, d_low):
 # Part 1: the three MLPs. Each takes T tokens x (T, D); gives h (T, D), and what its experts did.
 
 class Routing(NamedTuple):
-    """What the experts did with T tokens. The GPT stacks its layers: (L, T, E) and so on."""
+    """What the experts did with T tokens; for top_p and expert_choice K is E. The GPT stacks its
+    layers: (L, T, E) and so on."""
     scores: torch.Tensor     # (T, E)  p: activation norms for aoe, the router's scores for moe
-    chosen: torch.Tensor     # (T, K)  I: the experts that handled the token; -1 for nobody (K is
-    weights: torch.Tensor    # (T, K)  w: 0 for nobody         E for top_p and expert_choice)
+    chosen: torch.Tensor     # (T, K)  I: the experts that handled the token; -1 for nobody
+    weights: torch.Tensor    # (T, K)  w: 0 for nobody
     aux_loss: torch.Tensor   # ()      for the trainer to add to the loss
 
 
@@ -140,7 +141,8 @@ class SparseMLP(nn.Module):
         return everyone.masked_fill(taken == 0, -1)                # e if expert e took t, else -1
 
     def weigh(self, p, I):
-        """w (T, K): softmax(p[I]); 0 for nobody (-1). By w alone the loss reaches the scores."""
+        """w (T, K): softmax(p[I]); 0 for nobody (-1). The cross-entropy reaches the scores by w
+        alone."""
         nobody, I = I < 0, I.clamp(min=0)
         if self.config.weigh_among == 'all':
             w = p.softmax(-1).gather(1, I)
@@ -151,13 +153,14 @@ class SparseMLP(nn.Module):
     def experts(self, x, I, w, C=None):
         """h = sum over i in I of (SiLU(gate_i) * (w_i x Wp_i)) Wo_i. Returns h (T, D).
 
-        The chosen pairs of a token and an expert are sorted by expert into P rows, of which part 3
-        multiplies each expert's by its matrix. The weight is on x and not on the result: h is the
-        same (all but the gate is linear), but the gradient of w would need all results.
+        The chosen pairs of a token and an expert are sorted by expert into P rows, and part 3
+        multiplies each expert's rows by its matrix. w_i multiplies x and not the result: h is the
+        same, since all but the gate is linear; weighing results, backward would have to keep them.
 
         C (T, E, d_low): all x Wdown_i, if aoe has them already. A whole gate ignores it.
         """
         mostly_nobody = self.config.select != 'top_k'              # of I, most is -1
+        # of each row: token, pair = token * E + expert, weight
         rows = sort_by_expert(I, w, self.config.n_expert, leave_out=mostly_nobody)
         u = self.recomputed(self.up, x, rows)                      # w_i x Wp_i: (P, d)
         if self.config.factorised:
@@ -206,13 +209,14 @@ class SparseMLP(nn.Module):
             loss = loss + self.config.conf_weight * entropy(p).mean()          # Eq. 8
         return loss
 
+    def experts_of_a_token(self):
+        """How many handle it: for expert_choice on average, for top_p at most."""
+        return {'top_k': self.config.top_k, 'top_p': self.config.n_expert, 'expert_choice': min(
+            self.config.capacity_factor, self.config.n_expert)}[self.config.select]
+
     def active_parameters(self):
-        """Those that one token meets: what all tokens share, and the used share of the rest. For
-        expert_choice it is that of an average token, for top_p it is the most it can be."""
-        used = {'top_k': self.config.top_k, 'top_p': self.config.n_expert,
-                'expert_choice': min(self.config.capacity_factor, self.config.n_expert)}
-        share = used[self.config.select] / self.config.n_expert
-        shared = self.shared_parameters()                          # of MoE, of AoE
+        """Those that one token meets: what all tokens share, and the used share of the rest."""
+        share, shared = self.experts_of_a_token() / self.config.n_expert, self.shared_parameters()
         return round(shared + share * (parameters_of(self) - shared))
 
 
@@ -439,7 +443,7 @@ class GPT(nn.Module):
             routings.append(routing)
         logits = self.head(self.norm(x))                           # (B, S, vocab_size)
         loss = None if targets is None else cross_entropy(logits, targets)
-        if self.config.mlp == 'dense':                             # empty: the loop needs no if
+        if self.config.mlp == 'dense':                             # empty: its sum is 0
             return logits, loss, Routing(*(x.new_empty(0) for _ in Routing._fields))
         fields = zip(*routings)                                    # all scores, all chosen, ...
         return logits, loss, Routing(*(torch.stack(field) for field in fields))
@@ -494,8 +498,12 @@ class GPT(nn.Module):
         matrix (a multiply and an add, once in forward, twice in backward), and 12 S D a layer for
         attention's two products, at full context without the saving of the causal mask."""
         c = self.config
-        norms = sum(p.numel() for p in self.parameters() if p.dim() == 1)
-        return 6 * (self.active_parameters() - norms) + 12 * c.n_layer * c.block_size * c.n_embd
+        weights = self.active_parameters() - sum(p.numel() for p in self.parameters()
+                                                 if p.dim() == 1)  # the norms'
+        if c.mlp == 'aoe' and not c.factorised:          # the chosen compute what scored again
+            layers = [block.mlp.experts_of_a_token() for block in self.blocks]
+            weights += round(sum(layers) * c.n_embd * c.d_judge)
+        return 6 * weights + 12 * c.n_layer * c.block_size * c.n_embd
 
 
 def cross_entropy(logits, targets):
@@ -530,9 +538,9 @@ def sort_by_expert(I, w, E, leave_out):
         token    b . .     .     a  c  .         . is padding
         expert   0 0 0     0     1  1  1
 
-    Each expert has a multiple of PAD rows: for each new shape of a bfloat16 matmul a CPU prepares
-    longer than it then multiplies. It has PAD at least: PyTorch (issue 172439) gives garbage as
-    the gradient of an expert without rows.
+    Each expert has a multiple of PAD rows: on a CPU a bfloat16 matmul of a new shape takes longer
+    to prepare than to do. And at least PAD: PyTorch (issue 172439) gives garbage as the gradient of
+    an expert without rows.
 
     P does not depend on who was chosen, so no GPU has to be waited for: there is room for any
     choice, and the last expert takes what is left. leave_out: most of I is -1, nobody, and gets no
@@ -548,7 +556,7 @@ def sort_by_expert(I, w, E, leave_out):
     # sorting gives the places in I (t * K + k) of expert 0, then of 1, ...; nobody's come last
     expert, place = I.masked_fill(I < 0, E).flatten().sort(stable=True)
     expert, place = expert[:pairs], place[:pairs]
-    padding_before = F.pad((size - load).cumsum(0), (1, 0))        # before expert 0, 1, ..., nobody
+    padding_before = F.pad((size - load).cumsum(0), (1, 0))        # above expert 0, 1, ..., nobody
     row_of_place = torch.arange(pairs, device=I.device) + padding_before[expert]
     ends[-1] = P
     token = place.new_zeros(P).scatter(0, row_of_place, place // K)
@@ -595,8 +603,8 @@ def fill_in(config):
 
 
 def default_d_low(config):
-    """Near a third of D (of d_ffn, if that is less): the multiple of 8 that makes a layer as large
-    as moe's, to 1 % or as nearly as possible, though d_wide is a multiple of 8, too."""
+    """The multiple of 8 that is nearest to a third of D (of d_ffn, if that is less) and gives a
+    layer the size of moe's to 1 %; where none does, the one that comes nearest to that size."""
     D, d_ffn = config.n_embd, config.d_ffn
     narrower = min(D, d_ffn)
 

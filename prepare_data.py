@@ -228,23 +228,28 @@ def json_documents(path, field):
             yield text
 
 
-def documents_at(paths, config):
-    """The documents at paths, as they come: of a folder, its .txt and .jsonl files'. Raises
-    UserError."""
+def files_at(paths):
+    """The paths, and in the place of a folder its .txt and .jsonl files."""
     for path in paths:
+        if path not in NAMED and os.path.isdir(path):
+            yield from (os.path.join(path, name) for name in sorted(os.listdir(path))
+                        if name.lower().endswith(('.txt', '.jsonl')))
+        else:
+            yield path
+
+
+def documents_at(paths, config):
+    """The documents at paths, as they come. Raises UserError."""
+    for path in files_at(paths):
         try:
             if path in CORPORA:
                 yield corpus_text(path)
             elif path == 'openwebtext':
                 yield from hub_documents(config.hub, config.field)
-            elif os.path.isdir(path):
-                files = [os.path.join(path, name) for name in sorted(os.listdir(path))
-                         if name.lower().endswith(('.txt', '.jsonl'))]
-                yield from documents_at(files, config)
             elif path.lower().endswith('.jsonl'):
                 yield from json_documents(path, config.field)
             else:
-                with open(path, encoding='utf-8', newline='') as file:       # line ends stay
+                with open(path, encoding='utf-8-sig', newline='') as file:   # line ends stay
                     yield file.read()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f'expected {", ".join(NAMED)} or a text in UTF-8, got {path!r}: '
@@ -315,7 +320,8 @@ def name_and_source(paths, config):
         raise UserError(f'expected one corpus alone, or files, got {" ".join(paths):.80}')
     if more and not config.name:
         raise UserError(f'expected --name= for several files, got none: {" ".join(paths):.80}')
-    if len({*map(os.path.realpath, paths)}) < len(paths):
+    files = [os.path.realpath(file) for file in files_at(paths)]
+    if len({*files}) < len(files):
         raise UserError('expected each file once (validation would be on what was trained on), got '
                         f'{" ".join(paths):.80}')
     stem = os.path.splitext(os.path.basename(os.path.abspath(first)))[0]

@@ -143,7 +143,8 @@ class TrainConfig(Recipe):
 def plan_runs(from_file, from_line):
     """The TrainConfigs that the keys of a config file and of the command line ask for: one for each
     entry of `runs`, or of mlp's list, and for each of `seeds`; all with one seed, then with the
-    next. The line wins over the file; --mlp there replaces the file's runs:
+    next. The line wins over the file, but a key of it that an entry of `runs` has is refused;
+    --mlp replaces the file's runs:
 
         {'runs': {'a': {'mlp': 'aoe'}, 'm': {'mlp': 'moe'}}, 'seeds': (1, 2)}  ->  a-1 m-1 a-2 m-2
         {'mlp': 'aoe,moe'}  ->  aoe moe
@@ -152,11 +153,13 @@ def plan_runs(from_file, from_line):
     runs, only, seeds = values.pop('runs', None), values.pop('name', None), values.get('seeds')
     if seeds and 'seed' in values:
         raise UserError('seed: expected seed or seeds, got both')
+    if {'mlp', 'runs'} <= from_line.keys():
+        raise UserError('mlp: expected mlp or runs, got both')
     if runs is None or 'mlp' in from_line:
         runs = {mlp: {'mlp': mlp} for mlp in values.pop('mlp', TrainConfig.mlp).split(',')}
     if not runs or only is not None and len(runs) > 1:
         raise UserError(f'runs: expected one at least, and one alone with --name, got {len(runs)}')
-    # no entry of `runs` may have these
+    # no entry of `runs` may have these, nor what the line gives: whose value would win?
     not_of_one_run = {'runs', 'name', 'seed', 'seeds', 'out_dir', 'jobs'}
     not_of_one_run |= from_line.keys() - {'mlp'}
 
@@ -215,6 +218,8 @@ class Data:
                 raise UserError(f'{path}: expected more than block_size = {config.block_size} '
                                 f'tokens, got {expected}; lower it or prepare a longer text')
             self.tokens[split] = np.memmap(path, dtype=np.uint16, mode='r')
+        expect(config, 'batch_size', f'at most as many sequences as {folder} has tokens',
+               lambda n: n <= len(self.tokens['train']))
 
     def batch(self, split, starts):
         """The batch of the windows that begin at starts."""
@@ -243,7 +248,7 @@ class Data:
         n = min(self.config.eval_iters, math.ceil(tokens / (size * S)))   # once each is enough
         starts = np.linspace(0, tokens - S - 1, n * size, dtype=np.int64)
         if split == 'test':
-            # a window of S + 1 tokens fits between two others without touching either
+            # if a window of S + 1 tokens fits between two others; n * size have a gap less
             room = starts[-1] / max(1, n * size - 1) >= 2 * (S + 1)
             n = n - 1 if room else 0
             starts = ((starts[:-1] + starts[1:]) // 2)[:n * size]
@@ -269,7 +274,7 @@ def measure(routing, classes, config):
     kind = used.new_zeros(used.shape[1], 0)                        # of which class: (T, 0)
     if classes is not None:
         kind = F.one_hot(classes, len(CLASSES)).float()            # (T, classes)
-    is_norm = config.mlp == 'aoe'                                  # a router's scores are not
+    is_norm = config.mlp == 'aoe'                                  # a router's are not logged
     return {
         'tokens': torch.tensor(used.shape[1]),                     # T
         'used': used.sum(1),                                       # T f of Eq. 6: (L, E)
@@ -346,7 +351,7 @@ def train(config, stop, make_bar=tqdm):
     if c.threads:
         torch.set_num_threads(c.threads)
     if os.path.exists(c.path('ckpt.pt')) or c.eval_only:
-        if c.init_from == 'scratch' and not c.eval_only:           # main has refused what was
+        if c.init_from == 'scratch' and not c.eval_only:           # it came after main looked
             tqdm.write(f'{c.folder}: another process has trained it; left as it is')
             return
         checkpoint = load_checkpoint(c.path('ckpt.pt'), device, 'optimizer', 'scaler')
@@ -377,6 +382,7 @@ def train(config, stop, make_bar=tqdm):
         report(c, log[-1])                                         # nothing is left to do
         return
     lock = make_folder(c)                                          # held until the run has ended
+    # another process trains this run, or has trained it since we looked above
     if lock is None or RANK == 0 and not checkpoint and os.path.exists(c.path('ckpt.pt')):
         if WORLD_SIZE > 1:               # whose other processes would wait for this one
             raise UserError(f'{c.folder}: expected to be alone with it, got another that trains it')
@@ -611,8 +617,12 @@ def as_lines(entries):
 
 
 def read_log(path):
-    """The evaluations in a log.jsonl, oldest first; none where there is no file."""
-    return [json.loads(line) for line in read_text(path).splitlines()]
+    """The evaluations in a log.jsonl, oldest first; none where there is no file, or a damaged one:
+    ckpt.pt has them, too."""
+    try:
+        return [json.loads(line) for line in read_text(path).splitlines()]
+    except ValueError:
+        return []
 
 
 def make_folder(config):
