@@ -4,9 +4,9 @@ Write the lab's notebook: the core of config/lab/README.md, cell by cell.
     python tests/tools/notebook.py
     python tests/tools/notebook.py --to=slow_machine.ipynb --more=--seeds=7
 
-Commands are cells to be run, an edit of model.py calls edit(), the place for a
-prediction is a cell of its own, and what a paragraph names of out/lab, pictures and
-pages, is shown below it. --more is added to each command that trains.
+Commands and edits of model.py are cells to be run, the place for a prediction is one to
+write in, and pictures and pages of out/lab are shown below the paragraph that names them.
+--more is added to each command that trains.
 """
 
 import json
@@ -18,8 +18,7 @@ from dataclasses import dataclass
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
-import configurator
-from configurator import UserError, parse, read_text, write_text
+from configurator import UserError, parse, read_text, run, write_text
 
 LAB = os.path.join(ROOT, 'config', 'lab')
 # of the page: an edit, commands, an answer that is folded away, or a paragraph
@@ -35,24 +34,22 @@ SETUP = f"REPO = '{REPO}'\n" """\
 CHECKPOINTS = None
 
 import html, os, shutil, sys, urllib.request
-from IPython.display import HTML, Image, display
+from IPython.display import HTML, Image
 
-if os.path.exists('../../train.py'):                      # in the folder of the notebook
-    os.chdir('../..')
+if os.path.exists('../../train.py'): os.chdir('../..')    # it is opened where it lies
 if not os.path.exists('train.py'):
     !git clone {REPO} nanoaoe
     os.chdir('nanoaoe')
 if CHECKPOINTS:
     shutil.unpack_archive(urllib.request.urlretrieve(CHECKPOINTS)[0], format='gztar')
-# so that !python is the one that runs this
+# !python is the one that runs this
 os.environ['PATH'] = os.path.dirname(sys.executable) + os.pathsep + os.environ['PATH']
 
 def show(path):
     if path.endswith('.png'):
-        display(Image(path))
-    else:
-        page = html.escape(open(path, encoding='utf-8').read())
-        display(HTML(f'<div><iframe srcdoc="{page}" width="100%" height="700"></iframe></div>'))
+        return Image(path)
+    page = html.escape(open(path, encoding='utf-8').read())
+    return HTML(f'<div><iframe srcdoc="{page}" width="100%" height="700"></iframe></div>')
 
 def edit(old, new):
     code = open('model.py', encoding='utf-8').read()
@@ -102,22 +99,21 @@ def notebook(more=''):
             pieces.append((kind, source))
         else:                            # paragraphs share a cell
             pieces[-1] = kind, f'{text}\n{source}'
-    cells = []
-    for i, (kind, source) in enumerate(pieces):
-        cell = {'cell_type': kind, 'id': f'cell-{i}', 'metadata': {},
-                'source': source.strip().splitlines(keepends=True)}
-        cells.append(cell | ({'execution_count': None, 'outputs': []} if kind == 'code' else {}))
+    results = {'markdown': {}, 'code': {'execution_count': None, 'outputs': []}}
+    cells = [{'cell_type': kind, 'id': f'cell-{i}', 'metadata': {}, **results[kind],
+              'source': source.strip().splitlines(keepends=True)}
+             for i, (kind, source) in enumerate(pieces)]
     return json.dumps({'cells': cells, 'metadata': {'language_info': {'name': 'python'}},
                        'nbformat': 4, 'nbformat_minor': 5}, indent=1) + '\n'
 
 
 def main(arguments):
     values, rest = parse(NotebookConfig, arguments, __doc__)
-    config = NotebookConfig(**values)
     if rest:
         raise UserError(f'expected --key=value, got {rest[0]!r}')
+    config = NotebookConfig(**values)
     write_text(config.to, notebook(config.more))
 
 
 if __name__ == '__main__':
-    configurator.run(main)
+    run(main)
