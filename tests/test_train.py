@@ -512,7 +512,7 @@ def test_where_one_run_diverges_or_has_no_room_beside_others(workspace):
 @pytest.mark.slow
 def test_too_little_memory_is_one_line(workspace):
     resource = pytest.importorskip('resource')
-    process = start('memory', '--mlp=moe,dense', '--batch_size=300000', cwd=workspace,
+    process = start('memory', '--mlp=moe,dense', '--batch_size=90000', cwd=workspace,
                     preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (3 * 2**30,) * 2))
     printed, errors = process.communicate()
     assert process.returncode == 2 and errors.count('\n') == 1, errors
