@@ -26,7 +26,7 @@ def text_of(page):
 SHORT = {
     'train.py': ['--max_iters=1', '--eval_iters=1', '--batch_size=2', '--n_layer=2', '--threads=1',
                  '--jobs=1', '--dtype=float32'],
-    'sample.py': ['--max_new_tokens=20'],
+    'sample.py': ['--max_new_tokens=20', '--layer=2'],
     'tests/tools/bench.py': ['--rounds=1', '--warmup=1', '--shapes=small', '--threads=1'],
 }
 TINY = ['--dataset=shakespeare_gpt2', '--n_embd=48', '--n_head=2', '--d_ffn=64', '--d_low=16',
@@ -58,6 +58,8 @@ def test_every_command_runs_shortened(tmp_path, code_text):
         if '$(' in command:                              # what a shell makes of it, two files of it
             library = os.path.dirname(os.__file__)
             command = f'python prepare_data.py {library}/ast.py {library}/os.py --name=code'
+        if 'prepare_data.py tinyshakespeare' in command:           # its server isn't always reached
+            command = 'python prepare_data.py my.txt --name=tinyshakespeare'
         program, *arguments = shlex.split(command)
         if 'openwebtext' in arguments or '--compile=True' in arguments:      # the slow tests below
             continue
