@@ -324,6 +324,9 @@ MLPS = {'dense': MLP, 'moe': MoE, 'aoe': AoE}
 # -----------------------------------------------------------------------------
 # Part 2: the GPT
 
+EPS = torch.finfo(torch.float32).eps     # PyTorch 2.6 takes the dtype's: 0.008 for bfloat16
+
+
 def rotate(x, cos, sin):
     """Rotary positions: turn each pair (x1, x2) by an angle that grows with the position.
 
@@ -367,9 +370,9 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.norm_1 = nn.RMSNorm(config.n_embd)
+        self.norm_1 = nn.RMSNorm(config.n_embd, EPS)
         self.attention = CausalSelfAttention(config)
-        self.norm_2 = nn.RMSNorm(config.n_embd)
+        self.norm_2 = nn.RMSNorm(config.n_embd, EPS)
         self.mlp = MLPS[config.mlp](config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -392,7 +395,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.n_embd)
+        self.norm = nn.RMSNorm(config.n_embd, EPS)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.head.weight = self.embedding.weight                   # one matrix for both
 

