@@ -150,3 +150,11 @@ def test_the_experiment_runs_with_the_patch(patched, workspace):
     subprocess.run([sys.executable, 'train.py', *configs, *SMALL, '--max_iters=1', '--seeds=1',
                     '--jobs=1', f'--data_dir={workspace}/data', f'--out_dir={patched}/out'],
                    cwd=patched, check=True)
+
+
+@pytest.mark.parametrize('file', glob.glob(os.path.join(ROOT, 'config/*/*.patch')),
+                         ids=os.path.basename)
+def test_every_patch_fits(tmp_path, file):
+    shutil.copy(os.path.join(ROOT, 'model.py'), tmp_path)
+    subprocess.run(['git', 'apply', file], cwd=tmp_path, check=True)
+    compile((tmp_path / 'model.py').read_text(encoding='utf-8'), 'model.py', 'exec')
