@@ -38,7 +38,7 @@ def run(main):
     """Call main(arguments of the command line). What a user can mend ends the program with one line
     and exit status 2: a UserError, too little memory, no room for the output. Ctrl-C ends it with
     130; that nobody reads its output any more, as after `| head`, with 141 and no line."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)       # scripts import without it
+    signal.signal(signal.SIGINT, signal.default_int_handler)       # as scripts import, it is off
     sys.stdout = sys.stdout or open(os.devnull, 'w')     # None: closed, as by >&-
     sys.stderr = sys.stderr or open(os.devnull, 'w')
     for stream in (sys.stdout, sys.stderr):              # a terminal may lack a character; a line

@@ -155,7 +155,7 @@ class SparseMLP(nn.Module):
 
         The chosen pairs of a token and an expert are sorted by expert into P rows, and part 3
         multiplies each expert's rows by its matrix. w_i multiplies x and not the result: h is the
-        same, since all but the gate is linear; weighing results, backward would have to keep them.
+        same, since all but the gate is linear; were it on the results, they would have to be kept.
 
         C (T, E, d_low): all x Wdown_i, if aoe has them already. A whole gate ignores it.
         """
@@ -191,8 +191,8 @@ class SparseMLP(nn.Module):
 
     def recomputed(self, f, *inputs):
         """f(*inputs). With config.recompute autograd stores nothing that f computes on the way:
-        backward calls f again, until it has all it needs, mostly before f's last matmul. (So a
-        counter in f would count twice.)"""
+        backward calls f again, and stops when it has all it needs, mostly before f's last matmul.
+        (So a counter in f would count twice.)"""
         if self.config.recompute:
             return checkpoint(f, *inputs, use_reentrant=False)
         return f(*inputs)
@@ -262,7 +262,8 @@ class MoE(SparseMLP):
 
 class AoE(SparseMLP):
     """Autonomy of experts, Algorithm 2. No router: every expert takes the first step of its gate,
-    and the norm of what it finds is its score. The chosen go on from there."""
+    and the norm of what it finds is its score. The chosen go on from there (with a whole gate they
+    begin again)."""
 
     def forward(self, x):                                          # (T, D)
         C, p = self.recomputed(self.look, x)                       # (T, E, d_low), (T, E)
@@ -503,7 +504,7 @@ class GPT(nn.Module):
         c = self.config
         weights = self.active_parameters() - sum(p.numel() for p in self.parameters()
                                                  if p.dim() == 1)  # the norms'
-        if c.mlp == 'aoe' and not c.factorised:          # the chosen compute what scored again
+        if c.mlp == 'aoe' and not c.factorised:          # counted once, computed twice
             layers = [block.mlp.experts_of_a_token() for block in self.blocks]
             weights += round(sum(layers) * c.n_embd * c.d_judge)
         return 6 * weights + 12 * c.n_layer * c.block_size * c.n_embd
@@ -559,7 +560,7 @@ def sort_by_expert(I, w, E, leave_out):
     # sorting gives the places in I (t * K + k) of expert 0, then of 1, ...; nobody's come last
     expert, place = I.masked_fill(I < 0, E).flatten().sort(stable=True)
     expert, place = expert[:pairs], place[:pairs]
-    padding_before = F.pad((size - load).cumsum(0), (1, 0))        # above expert 0, 1, ..., nobody
+    padding_before = F.pad((size - load).cumsum(0), (1, 0))        # above expert 0, 1, ... (and E)
     row_of_place = torch.arange(pairs, device=I.device) + padding_before[expert]
     ends[-1] = P
     token = place.new_zeros(P).scatter(0, row_of_place, place // K)
@@ -584,7 +585,7 @@ def has_grouped_mm(x, w):
     known = (torch.bfloat16,)
     if not torch.compiler.is_compiling():
         known = (torch.bfloat16, torch.float16, torch.float32)
-    # the larger stride is the length of a row, also where a matrix is transposed
+    # of the last two strides one is 1, the other the length of a row (transposed: a column)
     whole = all(max(t.stride()[-2:]) * t.element_size() % 16 == 0 for t in (x, w))
     return hasattr(F, 'grouped_mm') and x.dtype in known and whole
 
@@ -614,7 +615,7 @@ def default_d_low(config):
     def misfit(d_low):
         d_wide = equation_5(D, d_ffn, d_low)
         size, moe = D * d_low + d_low * d_wide + 2 * D * d_wide, 3 * D * d_ffn + D
-        return max(0.01, abs(size / moe - 1)), abs(d_low - narrower / 3)
+        return max(0.01, abs(size / moe - 1)), abs(d_low - narrower / 3)   # within 1 % all tie
     return min(range(8, max(8, narrower // 2) + 1, 8), key=misfit)
 
 

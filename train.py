@@ -143,8 +143,8 @@ class TrainConfig(Recipe):
 def plan_runs(from_file, from_line):
     """The TrainConfigs that the keys of a config file and of the command line ask for: one for each
     entry of `runs`, or of mlp's list, and for each of `seeds`; all with one seed, then with the
-    next. The line wins over the file, but a key of it that an entry of `runs` has is refused;
-    --mlp replaces the file's runs:
+    next. The line wins over the file, but a key that is both on the line and in an entry of
+    `runs` is refused; --mlp replaces the file's runs:
 
         {'runs': {'a': {'mlp': 'aoe'}, 'm': {'mlp': 'moe'}}, 'seeds': (1, 2)}  ->  a-1 m-1 a-2 m-2
         {'mlp': 'aoe,moe'}  ->  aoe moe
@@ -248,7 +248,7 @@ class Data:
         n = min(self.config.eval_iters, math.ceil(tokens / (size * S)))   # once each is enough
         starts = np.linspace(0, tokens - S - 1, n * size, dtype=np.int64)
         if split == 'test':
-            # if a window of S + 1 tokens fits between two others; n * size have a gap less
+            # a window of S + 1 tokens has to fit between two; n * size have n * size - 1 gaps
             room = starts[-1] / max(1, n * size - 1) >= 2 * (S + 1)
             n = n - 1 if room else 0
             starts = ((starts[:-1] + starts[1:]) // 2)[:n * size]
@@ -378,8 +378,9 @@ def train(config, stop, make_bar=tqdm):
     if c.eval_only:
         report(c, {'iter': iteration, **evaluate(model, data, autocast)})
         return
+    # finished, and log.jsonl is whole: nothing is left to do
     if log and log[-1]['iter'] == iteration == c.max_iters and log == read_log(c.path('log.jsonl')):
-        report(c, log[-1])                                         # nothing is left to do
+        report(c, log[-1])
         return
     lock = make_folder(c)                                          # held until the run has ended
     # another process trains this run, or has trained it since we looked above
@@ -427,7 +428,7 @@ def train(config, stop, make_bar=tqdm):
             parameters['lr'] = learning_rate_at(iteration, c)
         for micro_step in micro_steps:
             idx, targets = data.train_batch(iteration, micro_step)
-            # of dropout, so that a resumed run drops the same
+            # dropout's seed, so that a resumed run drops the same
             torch.manual_seed(random_of(c.seed, iteration, micro_step).integers(2**63))
             if WORLD_SIZE > 1:           # processes average their gradients once an iteration
                 forward.require_backward_grad_sync = micro_step == micro_steps[-1]
