@@ -181,6 +181,8 @@ def test_by_setting_a_row_has_a_column_for_each_variant(file, printed):
         '96': ['2.1500 ± 0.0707', '**+0.5000 ± 0.0000**']}
     assert table_of(printed(path, '--by_setting=True', '--losses=True'))['96'] == [
         '2.1500 ± 0.0707', '2.6500 ± 0.0707']
+    two = file([result(1.5, run='moe big'), result(1.25, run='big')])      # neither is lost
+    assert table_of(printed(two, '--by_setting=True'))['big'] == ['1.5000 and 1.2500']
 
 
 @pytest.mark.parametrize('losses, words', (

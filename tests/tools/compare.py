@@ -263,7 +263,8 @@ def rows_by_setting(runs, found, config):
             cell = loss_of(seeds, config)
         elif name in found:
             cell = difference_of(found[name].minus)
-        cells.setdefault(setting_of(name, seeds), {})[variant] = cell
+        row = cells.setdefault(setting_of(name, seeds), {})
+        row[variant] = f'{row[variant]} and {cell}' if variant in row else cell
     yield ('', *(variant if variant == config.minus or config.losses
                  else f'{variant}, minus {config.minus}' for variant in variants))
     for setting, row in cells.items():
