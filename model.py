@@ -47,8 +47,8 @@ class GPTConfig:
     d_low: int | None = None             # inner width of a factorised gate; None: about D / 3
     d_judge: int | None = None           # aoe, whole gate: neurons that score; None: about D / 6
     aux_weight: float = 0.0              # of L_aux, which makes loads even; paper: 0 and 0.01
-    # other variants: the paper's (Tables 2 and 3), and the router 'norm', ours
-    router: Literal['linear', 'large', 'norm'] = 'linear'   # how a router of moe scores
+    # other variants, of the paper's Tables 2 and 3
+    router: Literal['linear', 'large'] = 'linear'   # how a router of moe scores
     select: Literal['top_k', 'top_p', 'expert_choice'] = 'top_k'   # how experts are chosen
     top_p: float = 0.6                   # for top_p: the probability that the chosen reach together
     weigh_among: Literal['chosen', 'all'] = 'chosen'   # softmax over these; Switch Transformer: all
@@ -221,13 +221,8 @@ class SparseMLP(nn.Module):
 
 
 class MoE(SparseMLP):
-    """Routed mixture of experts, Algorithm 1: a router R(x) scores the experts. R(x) is
-
-        linear   x router
-        large    SiLU(x router_in) router, a baseline of Table 2
-        norm     ||x A_i||, A_i (D, d_low) side by side in router_in: aoe's score, but of matrices
-                 that do nothing else
-    """
+    """Routed mixture of experts, Algorithm 1: a router R(x) scores the experts. R(x) is x router,
+    or, for the large router of Table 2, SiLU(x router_in) router."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -235,10 +230,7 @@ class MoE(SparseMLP):
         if config.router == 'large':                               # as many numbers as w_down has:
             inner = round(E * config.d_low * D / (D + E))          # inner (D + E) = E d_low D
             self.router_in = nn.Parameter(torch.empty(D, inner))
-        if config.router == 'norm':
-            self.router_in = nn.Parameter(torch.empty(D, E * config.d_low))
-        else:
-            self.router = nn.Parameter(torch.empty(inner, E))
+        self.router = nn.Parameter(torch.empty(inner, E))
 
     def forward(self, x):                                          # (T, D)
         p = self.recomputed(self.route, x)                         # R(x): (T, E)
@@ -248,8 +240,6 @@ class MoE(SparseMLP):
         return h, Routing(p.detach(), I, w.detach(), self.auxiliary_loss(p, I))
 
     def route(self, x):
-        if self.config.router == 'norm':
-            return norm(self.look_through(self.router_in, x))
         if self.config.router == 'large':
             x = F.silu(x @ self.router_in)
         with torch.autocast(x.device.type, enabled=False):         # scores are float32 at least
@@ -631,7 +621,7 @@ def refuse_misfits(config):
         value = getattr(c, key)
         if value is not None and not 0 < value < 2**31:
             refuse(c, key, 'a positive number')
-    for key, known in (('mlp', ('aoe', 'moe', 'dense')), ('router', ('linear', 'large', 'norm')),
+    for key, known in (('mlp', ('aoe', 'moe', 'dense')), ('router', ('linear', 'large')),
                        ('select', ('top_k', 'top_p', 'expert_choice')),
                        ('weigh_among', ('chosen', 'all'))):
         if getattr(c, key) not in known:

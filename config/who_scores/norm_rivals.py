@@ -1,8 +1,7 @@
 """
 What else could it be? On the first four seeds of norm.py, in bfloat16, whose moe and norm router
-they are compared with: a router whose first weights are as wide as those of the judges
-(1 / sqrt(D), not 0.02); scores twice and four times as large; a large router with its last matrix
-wide; a norm router that stays as it was drawn; wider and narrower A_i; and without L_aux:
+they are compared with: scores twice and four times as large; a large router with its last matrix
+wide; wider and narrower A_i; and without L_aux:
 
     git apply config/who_scores/rivals.patch
     python train.py config/small.py config/who_scores/norm_rivals.py
@@ -13,18 +12,15 @@ out_dir = 'out/norm_rivals'
 aux_weight = 0.01
 dtype = 'bfloat16'
 seeds = [61, 62, 63, 64]
-_wide = 96 ** -0.5
 _norm = {'mlp': 'moe', 'router': 'norm', 'd_low': 16, 'd_ffn': 376, 'learning_rate': 1.4e-3}
 runs = {
-    'moe norm router frozen': _norm | {'frozen': True},
-    'moe wide router': {'mlp': 'moe', 'router_std': _wide},
+    'moe x2': {'mlp': 'moe', 'score_scale': 2.0},
     'moe x4': {'mlp': 'moe', 'score_scale': 4.0},
     'moe large router wide router': {'mlp': 'moe', 'router': 'large', 'd_low': 16, 'd_ffn': 376,
-                                     'learning_rate': 1.4e-3, 'router_std': _wide},
-    'moe norm router without L_aux': _norm | {'aux_weight': 0.0},
-    'moe without L_aux': {'mlp': 'moe', 'aux_weight': 0.0},
-    'aoe_whole without L_aux': {'mlp': 'aoe', 'factorised': False, 'aux_weight': 0.0},
-    'moe x2': {'mlp': 'moe', 'score_scale': 2.0},
+                                     'learning_rate': 1.4e-3, 'router_std': 96 ** -0.5},
     'moe norm router 8': _norm | {'d_low': 8, 'd_ffn': 384},
     'moe norm router 32': _norm | {'d_low': 32},
+    'moe without L_aux': {'mlp': 'moe', 'aux_weight': 0.0},
+    'moe norm router without L_aux': _norm | {'aux_weight': 0.0},
+    'aoe_whole without L_aux': {'mlp': 'aoe', 'factorised': False, 'aux_weight': 0.0},
 }

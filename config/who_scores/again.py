@@ -1,0 +1,18 @@
+"""
+Once more, on eight seeds that did not help to find it: is aoe_whole better than moe, and does a
+linear router that is drawn wide do as well? By test_loss, in bfloat16; named before the runs:
+
+    git apply config/who_scores/rivals.patch
+    python train.py config/small.py config/who_scores/again.py
+    git apply --reverse config/who_scores/rivals.patch
+"""
+
+out_dir = 'out/again'
+aux_weight = 0.01
+dtype = 'bfloat16'
+seeds = [69, 70, 71, 72, 73, 74, 75, 76]
+runs = {
+    'moe': {'mlp': 'moe'},
+    'moe wide router': {'mlp': 'moe', 'router_std': 96 ** -0.5},
+    'aoe_whole': {'mlp': 'aoe', 'factorised': False},
+}
