@@ -1,6 +1,6 @@
 """
 Once more, on eight seeds that did not help to find it: is aoe_whole better than moe, and does a
-linear router that is drawn wide do as well? By test_loss, in bfloat16; named before the runs:
+linear router that is drawn wide do as well? By test_loss, in two dtypes; named before the runs:
 
     git apply config/who_scores/rivals.patch
     python train.py config/small.py config/who_scores/again.py
@@ -9,10 +9,11 @@ linear router that is drawn wide do as well? By test_loss, in bfloat16; named be
 
 out_dir = 'out/again'
 aux_weight = 0.01
-dtype = 'bfloat16'
 seeds = [69, 70, 71, 72, 73, 74, 75, 76]
-runs = {
-    'moe': {'mlp': 'moe'},
-    'moe wide router': {'mlp': 'moe', 'router_std': 96 ** -0.5},
-    'aoe_whole': {'mlp': 'aoe', 'factorised': False},
-}
+runs = {}
+for _dtype in ('float32', 'bfloat16'):
+    runs |= {
+        f'moe {_dtype}': {'mlp': 'moe', 'dtype': _dtype},
+        f'moe wide router {_dtype}': {'mlp': 'moe', 'router_std': 96 ** -0.5, 'dtype': _dtype},
+        f'aoe_whole {_dtype}': {'mlp': 'aoe', 'factorised': False, 'dtype': _dtype},
+    }

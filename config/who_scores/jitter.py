@@ -1,7 +1,7 @@
 """
 aoe_whole leads moe by more in bfloat16 than in float32, in norm.py. Do its scores gain by being
-rounded? In float32 they are multiplied, in training, by random numbers of 1 ± 0.005, about as much
-as bfloat16 rounds; on the seeds of norm.py, whose moe and aoe_whole they are compared with:
+rounded? In float32 they are multiplied, in training, by random numbers of 1 ± 0.005 (bfloat16
+rounds by up to 0.002); on the seeds of norm.py, whose moe and aoe_whole they are compared with:
 
     git apply config/who_scores/rivals.patch
     python train.py config/small.py config/who_scores/jitter.py
