@@ -21,6 +21,7 @@ runs = {
     'moe norm router 8': _norm | {'d_low': 8, 'd_ffn': 384},
     'moe norm router 32': _norm | {'d_low': 32},
     'moe without L_aux': {'mlp': 'moe', 'aux_weight': 0.0},
+    'moe wide router without L_aux': {'mlp': 'moe', 'router_std': 96 ** -0.5, 'aux_weight': 0.0},
     'moe norm router without L_aux': _norm | {'aux_weight': 0.0},
     'aoe_whole without L_aux': {'mlp': 'aoe', 'factorised': False, 'aux_weight': 0.0},
 }
