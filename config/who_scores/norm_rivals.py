@@ -1,7 +1,8 @@
 """
 What else could it be? On the first four seeds of norm.py, in bfloat16, whose moe and norm router
 they are compared with: scores twice and four times as large; a large router with its last matrix
-wide; wider and narrower A_i; and without L_aux:
+wide; wider and narrower A_i; and without L_aux (the wide router there was named last, to see
+whether L_aux helps those whose scores are wide, and moe not):
 
     git apply config/who_scores/rivals.patch
     python train.py config/small.py config/who_scores/norm_rivals.py
