@@ -69,7 +69,7 @@ def test_a_run_is_compared_with_the_nearest_moe_seed_by_seed():
         'two aux': ('two', ['d_ffn'])}
     for name, minus, loss in (('aoe', [0.1, 0.2, 0.3], 2.0), ('aoe aux', [-0.1, -0.1], 2.0),
                               ('aoe 64', [-1.0], 3.0)):
-        np.testing.assert_allclose(found[name].minus, minus)
+        np.testing.assert_allclose([*found[name].minus.values()], minus)
         assert found[name].loss == loss
 
 
@@ -119,7 +119,7 @@ def test_rivals_are_variants_of_their_own_and_may_take_the_place_of_moe():
             'moe sigmoid': seeds_of({1: 1.2}, bias_step=0.001)}
     for base, minus in (('moe', {'moe frozen': 0.5, 'moe sigmoid': 0.2}),
                         ('moe sigmoid', {'moe': -0.2, 'moe frozen': 0.3})):
-        found = {name: difference.minus[0] for name, difference in differences(runs, base).items()}
+        found = {name: difference.minus[1] for name, difference in differences(runs, base).items()}
         assert found == pytest.approx(minus)
 
 
@@ -197,6 +197,25 @@ def test_a_single_difference_in_percent(file, printed, losses, words):
     assert printed(path, '--cell=moe', '--losses=True') == '2.0000 ± 0.0000\n'
 
 
+def test_a_cell_of_several_runs_is_their_mean_seed_by_seed(file, printed, refuse):
+    losses = {('moe', 'a'): (2.0, 2.1, 2.2), ('moe', 'b'): (3.0, 3.1, 3.5),
+              ('aoe', 'a'): (1.9, 2.2, 2.6), ('aoe', 'b'): (3.1, 3.4, 3.3)}
+    path = file([result(loss, mlp, f'{mlp} {dtype}', seed, dtype=dtype)
+                 for (mlp, dtype), its in losses.items() for seed, loss in enumerate(its)
+                 if (mlp, dtype, seed) != ('moe', 'b', 1)])        # seeds 0 and 2 are in common
+    def interval(a, b):
+        return f'{(a + b) / 2:+.4f} ± {12.7062 * abs(a - b) / 2:.4f}\n'
+    # seed 0: -0.1 and +0.1; seed 2: +0.4 and -0.2
+    assert printed(path, '--cell=aoe a,aoe b') == interval(0, 0.1)
+    assert printed(path, '--cell=aoe b', '--less=aoe a') == interval(0.2, -0.6)
+    assert printed(path, '--cell=aoe a,aoe b', '--percent=True').startswith('1.9 % worse (')
+    assert "got 'aoe c'" in refuse(main, path, '--cell=aoe a,aoe c')
+    assert "got 'moe a'" in refuse(main, path, '--cell=aoe a', '--less=moe a')
+    apart = file([result(loss, mlp, f'{mlp} {seed}', seed, dtype=str(seed))
+                  for mlp, loss in (('moe', 2.0), ('aoe', 2.1)) for seed in (1, 2)], 'apart.jsonl')
+    assert 'a seed in common, got aoe 1, aoe 2' in refuse(main, apart, '--cell=aoe 1,aoe 2')
+
+
 def test_what_cannot_be_compared_is_refused(refuse, file):
     known, line = file([result(2.0), result(1.9, 'aoe')]), result(1.0)
     for wrong in ('none.jsonl', 'config', 'config/quick_start.py'):
@@ -211,6 +230,7 @@ def test_what_cannot_be_compared_is_refused(refuse, file):
     for keys, says in ((['--minus=no'], 'minus: expected one of aoe_whole, moe, got'),
                        (['--losses=True'], 'losses: expected False without'),
                        (['--percent=True'], 'percent: expected False without'),
+                       (['--less=aoe'], 'less: expected None without'),
                        (['--cell=moe'], "cell: expected one of aoe, got 'moe'"),
                        (['--loss=test_loss'], "with a test_loss, got of 'moe' KeyError"),
                        (['--loss=loss'], 'loss: expected lowest_val_loss or')):

@@ -3,7 +3,9 @@ Is it the tie to their own gate that makes experts score worse where the gate is
 first four seeds of norm.py, in bfloat16: a linear router; a router that scores by norms of matrices
 of its own, as wide as Wdown; and aoe, which scores by x Wdown:
 
+    git apply config/who_scores/rivals.patch
     python train.py config/small.py config/who_scores/norm_factorised.py
+    git apply --reverse config/who_scores/rivals.patch
 """
 
 out_dir = 'out/norm_factorised'

@@ -90,7 +90,9 @@ class CompareConfig:
     short: bool = False                  # no columns of entropies and norms
     losses: bool = False                 # with by_setting or cell: losses, and no differences
     table: bool = False                  # the file is a table of pilot.py or coder.py: print it
-    cell: str | None = None              # print the difference of this run alone
+    cell: str | None = None              # print the difference of this run alone; several with
+                                         # commas: their mean, seed by seed
+    less: str | None = None              # with cell: minus the difference of this run
     percent: bool = False                # with cell: in percent of the loss that is subtracted
     forest: str | None = None            # draw better or worse than moe to this file, in percent
     pages: bool = False                  # the files are pages: write their marked numbers anew
@@ -99,6 +101,7 @@ class CompareConfig:
         expect(self, 'losses', 'False without --by_setting=True or --cell=',
                lambda losses: self.by_setting or self.cell or not losses)
         expect(self, 'percent', 'False without --cell=', lambda percent: self.cell or not percent)
+        expect(self, 'less', 'None without --cell=', lambda less: self.cell or less is None)
 
 
 # -----------------------------------------------------------------------------
@@ -158,7 +161,7 @@ def read_runs(files, loss='lowest_val_loss'):
 class Difference(NamedTuple):
     base: str                # the name of the moe that a run is compared with
     differ: list             # the settings that differ, besides those that make the variant
-    minus: list              # losses minus those of the base, seed by seed
+    minus: dict              # seed -> loss minus that of the base
     loss: float              # the mean loss of the base on these seeds
 
 
@@ -169,20 +172,38 @@ def differences(runs, base='moe', loss='lowest_val_loss'):
     for name, seeds in runs.items():
         near = []
         for other, others in runs.items():
-            pairs = [(seeds[seed], others[seed]) for seed in seeds if seed in others]
+            pairs = {seed: (seeds[seed], others[seed]) for seed in seeds if seed in others}
             if not (variant_of(others) == base != variant_of(seeds) and pairs) or (
                     has_diverged(seeds) or has_diverged(others)):
                 continue
-            recipe, its = (result['recipe'] for result in pairs[0])
+            one, other_one = next(iter(pairs.values()))
+            recipe, its = one['recipe'], other_one['recipe']
             unknown = NEW & (recipe.keys() ^ its.keys())
             differ = [key for key in sorted((recipe | its).keys() - OF_VARIANT - unknown)
                       if recipe.get(key) != its.get(key)]
-            if pairs[0][0]['iter'] == pairs[0][1]['iter'] and not {*SAME} & {*differ}:
-                near.append(Difference(other, differ, [a[loss] - b[loss] for a, b in pairs],
-                                       statistics.mean(b[loss] for _, b in pairs)))
+            if one['iter'] == other_one['iter'] and not {*SAME} & {*differ}:
+                minus = {seed: a[loss] - b[loss] for seed, (a, b) in pairs.items()}
+                near.append(Difference(other, differ, minus,
+                                       statistics.mean(b[loss] for _, b in pairs.values())))
         if near:
             found[name] = min(near, key=lambda candidate: len(candidate.differ))
     return found
+
+
+def combined(found, config):
+    """The Difference of --cell. Of several runs it is their mean, seed by seed, minus --less."""
+    names = config.cell.split(',') + ([config.less] if config.less else [])
+    for name in names:
+        if name not in found:
+            raise UserError(f'cell: expected one of {", ".join(found)}, got {name!r}')
+    of = [found[name] for name in names]
+    seeds = sorted(set.intersection(*(set(difference.minus) for difference in of)))
+    if not seeds:
+        raise UserError(f'cell: expected runs with a seed in common, got {", ".join(names)}')
+    less = of.pop().minus if config.less else dict.fromkeys(seeds, 0)
+    return Difference(of[0].base, [], {seed: statistics.mean(
+        difference.minus[seed] for difference in of) - less[seed] for seed in seeds},
+        statistics.mean(difference.loss for difference in of))
 
 
 def half_interval(values):
@@ -204,7 +225,8 @@ def difference_of(values):
 
 def percent_of(difference):
     """The mean and the ends of the interval, in percent of the base's loss."""
-    mean, half = statistics.mean(difference.minus), half_interval(difference.minus)
+    values = [*difference.minus.values()]
+    mean, half = statistics.mean(values), half_interval(values)
     return [100 * loss / difference.loss for loss in (mean, mean - half, mean + half)]
 
 
@@ -247,7 +269,7 @@ def rows_by_run(runs, found, config):
     for name, seeds in runs.items():
         minus, better = '-', '-'
         if name in found:
-            values = found[name].minus
+            values = [*found[name].minus.values()]
             minus, better = difference_of(values), f'{sum(d < 0 for d in values)} of {len(values)}'
         yield (name, str(len(seeds)), loss_of(seeds, config), minus, better,
                *(() if config.short else columns_of(seeds)))
@@ -262,7 +284,7 @@ def rows_by_setting(runs, found, config):
         if variant == config.minus or config.losses or has_diverged(seeds):
             cell = loss_of(seeds, config)
         elif name in found:
-            cell = difference_of(found[name].minus)
+            cell = difference_of([*found[name].minus.values()])
         row = cells.setdefault(setting_of(name, seeds), {})
         row[variant] = f'{row[variant]} and {cell}' if variant in row else cell
     yield ('', *(variant if variant == config.minus or config.losses
@@ -312,13 +334,15 @@ def compare(files, config):
         raise UserError(f'minus: expected one of {", ".join(sorted(variants))}, got '
                         f'{config.minus!r}')
     found = differences(runs, config.minus, config.loss)
+    if config.cell and config.losses:
+        if config.cell not in runs:
+            raise UserError(f'cell: expected one of {", ".join(runs)}, got {config.cell!r}')
+        print(loss_of(runs[config.cell], config))
+        return 0
     if config.cell:
-        known = runs if config.losses else found
-        if config.cell not in known:
-            raise UserError(f'cell: expected one of {", ".join(known)}, got {config.cell!r}')
-        print(loss_of(runs[config.cell], config) if config.losses else
-              in_words(found[config.cell]) if config.percent else
-              difference_of(found[config.cell].minus).strip('*'))
+        cell = combined(found, config)
+        print(in_words(cell) if config.percent else
+              difference_of([*cell.minus.values()]).strip('*'))
         return 0
     rows = rows_by_setting if config.by_setting else rows_by_run
     print_rows(list(rows(runs, found, config)))
