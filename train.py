@@ -536,6 +536,7 @@ def settle(config, device, data, checkpoint):
     # a run that goes on: with the same recipe. A checkpoint may be older than a key
     was = defaults | was
     for key in MAY_CHANGE:
+        was.setdefault(key, 'unknown')
         if was[key].split(' then ')[-1] != recipe[key]:
             tqdm.write(f'{c.folder}: {key} is {recipe[key]} now, and was {was[key]}')
             was[key] = f'{was[key]} then {recipe[key]}'

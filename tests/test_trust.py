@@ -274,9 +274,13 @@ def test_a_result_never_stands_under_settings_that_did_not_make_it(train_here, r
 
 def test_going_on_for_longer_keeps_the_schedule_and_says_so(train_here):
     train_here('--mlp=dense', '--out_dir=out/longer')
+    checkpoint = torch.load('out/longer/dense/ckpt.pt')
+    del checkpoint['recipe']['processor']                          # an older train.py wrote none
+    torch.save(checkpoint, 'out/longer/dense/ckpt.pt')
     process = run_here(train.main, *SMALL, '--mlp=dense', '--out_dir=out/longer',
                        '--init_from=resume', '--max_iters=30')
     assert 'the learning rate falls to 0.0002 at iteration 20:' in process.stdout
+    assert 'now, and was unknown' in process.stdout
     rates = [entry['lr'] for entry in read_log('out/longer/dense/log.jsonl')]
     assert rates[0] < 0.002 and rates[2:] == [0.0002, 0.0002]
 
