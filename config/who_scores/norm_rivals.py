@@ -1,7 +1,7 @@
 """
 What else could it be? On the first four seeds of norm.py, in bfloat16, whose moe and norm router
-they are compared with: scores twice and four times as large; a large router with its last matrix
-wide; wider and narrower A_i; and without L_aux (the wide router there was named last, to see
+they are compared with: scores four times as large; a large router with its last matrix wide;
+and without L_aux (the wide router there was named last, to see
 whether L_aux helps those whose scores are wide, and moe not):
 
     git apply config/who_scores/rivals.patch
@@ -15,12 +15,9 @@ dtype = 'bfloat16'
 seeds = [61, 62, 63, 64]
 _norm = {'mlp': 'moe', 'router': 'norm', 'd_low': 16, 'd_ffn': 376, 'learning_rate': 1.4e-3}
 runs = {
-    'moe x2': {'mlp': 'moe', 'score_scale': 2.0},
     'moe x4': {'mlp': 'moe', 'score_scale': 4.0},
     'moe large router wide router': {'mlp': 'moe', 'router': 'large', 'd_low': 16, 'd_ffn': 376,
                                      'learning_rate': 1.4e-3, 'router_std': 96 ** -0.5},
-    'moe norm router 8': _norm | {'d_low': 8, 'd_ffn': 384},
-    'moe norm router 32': _norm | {'d_low': 32},
     'moe without L_aux': {'mlp': 'moe', 'aux_weight': 0.0},
     'moe wide router without L_aux': {'mlp': 'moe', 'router_std': 96 ** -0.5, 'aux_weight': 0.0},
     'moe norm router without L_aux': _norm | {'aux_weight': 0.0},
