@@ -1,8 +1,7 @@
 """
 What else could it be? On the first four seeds of norm.py, in bfloat16, whose moe and norm router
-they are compared with: scores four times as large; a large router with its last matrix wide;
-and without L_aux (the wide router there was named last, to see
-whether L_aux helps those whose scores are wide, and moe not):
+they are compared with: scores four times as large; a large router with its last matrix wide; and
+without L_aux:
 
     git apply config/who_scores/rivals.patch
     python train.py config/small.py config/who_scores/norm_rivals.py
