@@ -1,7 +1,7 @@
 """
 Is it the tie to their own gate that makes experts score worse where the gate is factorised? On the
-seeds of norm.py, in bfloat16: a linear router; a router that scores by norms of matrices
-of its own, as wide as Wdown; and aoe, which scores by x Wdown:
+seeds of norm.py, in bfloat16: a linear router; a router that scores by norms of matrices of its
+own, as wide as Wdown; and aoe, which scores by x Wdown:
 
     git apply config/who_scores/rivals.patch
     python train.py config/small.py config/who_scores/norm_factorised.py

@@ -1,7 +1,7 @@
 """
 What else could it be? On the first four seeds of norm.py, in bfloat16, whose moe and norm router
-they are compared with: scores four times as large; a large router with its last matrix wide; without
-L_aux; and, beside norm_factorised.py's aoe, aoe with scores twice as large:
+they are compared with: scores four times as large; a large router with its last matrix wide;
+without L_aux; and, beside norm_factorised.py's aoe, aoe with scores twice as large:
 
     git apply config/who_scores/rivals.patch
     python train.py config/small.py config/who_scores/norm_rivals.py

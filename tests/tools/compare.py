@@ -194,13 +194,20 @@ def differences(runs, base='moe', loss='lowest_val_loss'):
     return found
 
 
+def known(runs, key, name):
+    """What a run's name stands for, in a dict of runs."""
+    if name not in runs:
+        raise UserError(f'{key}: expected one of {", ".join(runs)}, got {name!r}')
+    return runs[name]
+
+
 def combined(found, config):
     """The Difference of --cell. Of several runs it is their mean, seed by seed, minus --less."""
-    names = config.cell.split(',') + ([config.less] if config.less else [])
-    for name in names:
-        if name not in found:
-            raise UserError(f'cell: expected one of {", ".join(found)}, got {name!r}')
-    of = [found[name] for name in names]
+    names = config.cell.split(',')
+    of = [known(found, 'cell', name) for name in names]
+    if config.less:
+        names.append(config.less)
+        of.append(known(found, 'less', config.less))
     seeds = sorted(set.intersection(*(set(difference.minus) for difference in of)))
     if not seeds:
         raise UserError(f'cell: expected runs with a seed in common, got {", ".join(names)}')
@@ -229,7 +236,7 @@ def difference_of(values):
 
 def percent_of(difference):
     """The mean and the ends of the interval, in percent of the base's loss."""
-    values = [*difference.minus.values()]
+    values = difference.minus.values()
     mean, half = statistics.mean(values), half_interval(values)
     return [100 * loss / difference.loss for loss in (mean, mean - half, mean + half)]
 
@@ -273,7 +280,7 @@ def rows_by_run(runs, found, config):
     for name, seeds in runs.items():
         minus, better = '-', '-'
         if name in found:
-            values = [*found[name].minus.values()]
+            values = found[name].minus.values()
             minus, better = difference_of(values), f'{sum(d < 0 for d in values)} of {len(values)}'
         yield (name, str(len(seeds)), loss_of(seeds, config), minus, better,
                *(() if config.short else columns_of(seeds)))
@@ -288,7 +295,7 @@ def rows_by_setting(runs, found, config):
         if variant == config.minus or config.losses or has_diverged(seeds):
             cell = loss_of(seeds, config)
         elif name in found:
-            cell = difference_of([*found[name].minus.values()])
+            cell = difference_of(found[name].minus.values())
         row = cells.setdefault(setting_of(name, seeds), {})
         row[variant] = f'{row[variant]} and {cell}' if variant in row else cell
     yield ('', *(variant if variant == config.minus or config.losses
@@ -339,14 +346,12 @@ def compare(files, config):
                         f'{config.minus!r}')
     found = differences(runs, config.minus, config.loss)
     if config.cell and config.losses:
-        if config.cell not in runs:
-            raise UserError(f'cell: expected one of {", ".join(runs)}, got {config.cell!r}')
-        print(loss_of(runs[config.cell], config))
+        print(loss_of(known(runs, 'cell', config.cell), config))
         return 0
     if config.cell:
         cell = combined(found, config)
         print(in_words(cell) if config.percent else
-              difference_of([*cell.minus.values()]).strip('*'))
+              difference_of(cell.minus.values()).strip('*'))
         return 0
     rows = rows_by_setting if config.by_setting else rows_by_run
     print_rows(list(rows(runs, found, config)))
