@@ -1,92 +1,156 @@
 """
-What the scripts share: from a dataclass of defaults, config files and --key=value
-arguments to one typed configuration; errors in one line; files that are whole.
+What the scripts share, in three parts: keys and errors, files, the machine.
 
     python train.py config/shakespeare.py --max_iters=500 --learning_rate=1e-3
 
-The dataclass says which keys exist, of which type, with which default; the comment
-behind a field is its help. Later wins: default, config file, command line. A config
-file is Python and is run, so start only those that you trust. What it assigns are
-keys, except for names that begin with _:
+A dataclass says which keys a script has, of which type, with which default; the comment behind a
+field is its help. Later wins: default, config file, command line. A config file is Python and is
+run, so start only those that you trust. What it assigns are keys, except for names that begin
+with _:
 
-    n_embd = 64 * 4
-    runs = {f'aoe {_d}': {'d_low': _d} for _d in (8, 16, 32)}
+    _width = 64
+    n_embd = 4 * _width
+    runs = {f'aoe {d}': {'d_low': d} for d in (8, 16, 32)}
 """
 
 import ast
 import contextlib
+import ctypes
 import dataclasses
 import difflib
-import errno
+import functools
 import inspect
-import math
 import os
+import platform
 import re
+import runpy
 import signal
 import sys
-import textwrap
-import traceback
 import types
 import typing
 
+import torch
+from torch.utils.benchmark import Timer
+
+# torchrun starts WORLD_SIZE processes of train.py, each with a RANK from 0 on
+RANK, WORLD_SIZE = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+
+
+# -----------------------------------------------------------------------------
+# keys and errors
 
 class UserError(ValueError):
     """A mistake that the user can mend, in one line: what was expected, what came, what to do."""
 
 
 def run(main):
-    """Call main(arguments of the command line). What a user can mend ends the program with one line
-    and exit status 2: a UserError, too little memory, no room for the output. Ctrl-C ends it with
-    130; that nobody reads its output any more, as after `| head`, with 141 and no line."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)       # as scripts import, it is off
-    sys.stdout = sys.stdout or open(os.devnull, 'w')     # None: closed, as by >&-
-    sys.stderr = sys.stderr or open(os.devnull, 'w')
-    for stream in (sys.stdout, sys.stderr):              # a terminal may lack a character; a line
-        stream.reconfigure(errors='replace', line_buffering=True)  # is written, or fails, at once
+    """Call main(arguments of the command line). A UserError ends the program with its one line and
+    exit status 2, Ctrl-C with 130; and with 141, quietly, that nobody reads its output any more."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)       # scripts may import without it
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='replace', line_buffering=True)  # a terminal may lack a character
     try:
         main(sys.argv[1:])
     except UserError as error:
-        end(f'error: {error}', 2)
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        end('interrupted', 130)
-    except (MemoryError, RuntimeError) as error:         # PyTorch's are RuntimeErrors
-        if not re.search('MemoryError|out of memory|allocate memory', repr(error)):
-            raise
-        end(f'error: expected enough memory, got {error!r:.100}; try a smaller --batch_size', 2)
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):
-            raise
-        sys.stdout = None                # or Python would flush it once more
-        if error.errno == errno.EPIPE:
-            sys.exit(141)
-        end(f'error: expected room for the output, got "{error.strerror}"; make some', 2)
-
-
-def end(line, status):
-    print(line, file=sys.stderr)
-    sys.exit(status)
+        print('interrupted', file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:                              # as in `python train.py --help | head`
+        sys.stdout = open(os.devnull, 'w')               # Python flushes it once more at the end
+        sys.exit(141)
 
 
 def parse(cls, arguments, usage):
     """Read command-line arguments against the dataclass cls.
 
-    Returns (values, rest): the values given as --key=value, by key, each of its field's type;
-    and the other arguments, paths. --help prints usage and keys, and exits. Raises UserError for
-    an unknown key or a wrong type.
+    Returns (given, paths): the values given as --key=value, by key, each of its field's type; and
+    the other arguments. --help prints usage and keys, and exits. Raises UserError for an unknown
+    key or a wrong type.
     """
     if '-h' in arguments or '--help' in arguments:
         print_help(cls, usage)
         sys.exit(0)
-    values, rest = {}, []
+    given, paths = {}, []
     for argument in arguments:
         key, equals, text = argument.removeprefix('--').partition('=')
         if not argument.startswith('-'):
-            rest.append(argument)
+            paths.append(argument)
         elif argument.startswith('--') and equals:
-            values[key] = check_type(cls, key, text)
+            given[key] = typed(cls, key, text)
         else:
             raise UserError(f'expected --key=value, got {argument!r}; --help lists the keys')
-    return values, rest
+    return given, paths
+
+
+def print_help(cls, usage):
+    """Print the usage, then the lines of cls that define keys, `    key: type = default  # help`,
+    and the comments between them, which are headings."""
+    print(usage.strip() + '\n\nKeys, with what they are by default; on the line as --key=value:\n')
+    for parent in reversed(cls.__mro__[:-1]):
+        for line in re.findall(r'^    ((?:# |\w+: ).+)', inspect.getsource(parent), re.M):
+            print(line)
+
+
+def typed(cls, key, value, where='--', note=''):
+    """value as the type of key's field. A text is read as Python, unless the field is a text:
+
+        int                  '3' -> 3              '3.5', 'x' and True are refused
+        float | None         '1' or 1 -> 1.0       'None' -> None
+        str                  '3' -> '3'            in a key that ends with _dir: '~' -> your home
+        tuple                '1,2' -> (1, 2)       5 -> (5,); range(2) -> (0, 1)
+        Literal['a', 'b']    'a' -> 'a'            'c' is refused
+
+    Raises UserError; its text has `where` before the key, and `note` after an unknown one."""
+    known = {field.name: field.type for field in dataclasses.fields(cls)}
+    if key not in known:
+        near = difflib.get_close_matches(str(key), known, n=1)
+        hint = f'did you mean {near[0]}?' if near else '--help lists the keys'
+        raise UserError(f'{where}{key}: no such key; {hint}{note}')
+    # int gives (int,), int | None gives (int, NoneType), a Literal its values
+    options = typing.get_args(known[key]) or (known[key],)
+    is_text = str in options and not (value == 'None' and types.NoneType in options)
+    if type(value) is str and not is_text:
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            code = ast.parse(value.strip(), mode='eval')
+            value = ast.literal_eval(code)
+    if type(value) is dict and where == '--':            # it came from the line, and is in code
+        refuse_a_key_twice(code, f'{where}{key}')
+    if type(value) is str and key.endswith('_dir'):
+        value = os.path.expanduser(value)
+    if type(value) is int and float in options:
+        value = float(value)
+    if type(value) in (int, list, range) and tuple in options:
+        value = (value,) if type(value) is int else tuple(value)
+    if type(value) in options or (type(value) is str and value in options):
+        return value
+    names = [getattr(option, '__name__', str(option)) for option in options]
+    expected = ' or '.join(names).replace('NoneType', 'None')
+    raise UserError(f'{where}{key}: expected {expected}, got {value!r:.200}')
+
+
+def refuse_a_key_twice(tree, where):
+    """Raise UserError where Python code has a {...} with a key twice. Python keeps the last without
+    a word, and one of `runs` would be lost."""
+    for node in ast.walk(tree):
+        keys = [key.value for key in getattr(node, 'keys', ()) if isinstance(key, ast.Constant)]
+        if len(set(keys)) < len(keys):
+            raise UserError(f'{where}: expected each key once, got {keys}')
+
+
+def read_config_file(cls, path):
+    """Run a config file, which is Python. Returns what it assigned by key, each of its field's
+    type; names that begin with _ are its own. Raises UserError; a mistake in its code raises what
+    Python raises."""
+    if not (path.endswith('.py') and os.path.isfile(path)):
+        raise UserError('expected a config file such as config/quick_start.py, or --key=value, '
+                        f'got {path!r}: there is no such .py file')
+    assigned = runpy.run_path(path)
+    refuse_a_key_twice(ast.parse(read_text(path)), path)
+    note = " (a config file's own names begin with _)"
+    return {key: typed(cls, key, value, f'{path}: ', note)
+            for key, value in assigned.items() if not key.startswith('_')}
 
 
 def expect(config, keys, expected, fits):
@@ -100,101 +164,8 @@ def expect(config, keys, expected, fits):
 
 def is_folder_name(name):
     """Whether a folder can be made that is called so and lies in the folder where it is made."""
-    return (isinstance(name, str) and name not in ('', '.', '..')
+    return (isinstance(name, str) and name.isprintable() and name not in ('', '.', '..')
             and os.path.basename(name) == name)
-
-
-def check_type(cls, key, value, where='--', note=''):
-    """value as the type of key's field. A text is read as Python, unless the field is a text:
-
-        int                  '3' -> 3              '3.5', 'x' and True are refused
-        float | None         '1' or 1 -> 1.0       'None' -> None; '1e999' is refused: infinite
-        str                  '3' -> '3'            in a key that ends with _dir: '~' -> your home
-        tuple                '1,2' -> (1, 2)       5 -> (5,); range(2) -> (0, 1)
-        Literal['a', True]   'True' -> True        'b' and 1 are refused
-
-    Raises UserError; in its text `where` precedes the key, `note` ends that for an unknown key."""
-    known = {field.name: field.type for field in dataclasses.fields(cls)}
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f'did you mean {near[0]}?' if near else '--help lists the keys'
-        raise UserError(f'{where}{key}: no such key; {hint}{note}')
-    options = typing.get_args(known[key]) or (known[key],)
-    is_text = str in options and not (value == 'None' and types.NoneType in options)
-    if type(value) is str and not is_text:
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-            value = ast.literal_eval(value)
-    if type(value) is str and key.endswith('_dir'):
-        value = os.path.expanduser(value)
-    if type(value) is float and not math.isfinite(value):
-        raise UserError(f'{where}{key}: expected a finite number, got {value}')
-    if type(value) is int and value.bit_length() > 10_000:         # Python won't print it
-        raise UserError(f'{where}{key}: expected a smaller number, got one of thousands of digits')
-    for option in options:               # types, or of a Literal the values
-        if isinstance(option, type):
-            fits = type(value) is option
-        else:
-            fits = repr(value) == repr(option)
-        if fits:
-            return value
-        if option is float and type(value) is int and abs(value) < 1e308:
-            return float(value)
-        if option is tuple and type(value) in (int, list, range):
-            return (value,) if type(value) is int else tuple(value)
-    raise UserError(f'{where}{key}: expected {type_name(known[key])}, got {value!r}')
-
-
-def type_name(annotation):
-    """An annotation as a reader would say it: 'int or None'."""
-    options = typing.get_args(annotation) or (annotation,)
-    names = [getattr(option, '__name__', str(option)) for option in options]
-    return ' or '.join(names).replace('NoneType', 'None')
-
-
-def read_config_file(cls, path):
-    """Run a config file, which is Python. Returns what it assigned by key, each of its field's
-    type; names that begin with _ are its own. Raises UserError, also for any error in it."""
-    if not (path.endswith('.py') and os.path.isfile(path)):
-        raise UserError('expected a config file such as config/quick_start.py, or --key=value, '
-                        f'got {path!r}: there is no such .py file')
-    names, folder = {'__file__': path}, os.getcwd()
-    try:
-        with open(path, 'rb') as file:
-            tree = ast.parse(file.read())
-        exec(compile(tree, path, 'exec'), names)
-    except (Exception, SystemExit) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-                 if frame.filename == path]
-        line = lines[-1] if lines else getattr(error, 'lineno', None) or 1     # of a SyntaxError
-        got = textwrap.shorten(f'{type(error).__name__}: {error}', 100)
-        raise UserError(f'{path}, line {line}: expected it to run, got {got}') from None
-    finally:
-        os.chdir(folder)                 # the other paths are meant from here
-    # Of two equal keys in {...} Python keeps the last without a word: one of `runs` would be lost.
-    for node in ast.walk(tree):
-        keys = [key.value for key in getattr(node, 'keys', ()) if isinstance(key, ast.Constant)]
-        if len(set(keys)) < len(keys):
-            raise UserError(f'{path}, line {node.lineno}: expected each key once, got {keys}')
-    note = " (a config file's own names begin with _)"
-    return {key: check_type(cls, key, value, f'{path}: ', note) for key, value in names.items()
-            if not key.startswith('_')}
-
-
-def print_help(cls, usage):
-    """The usage; then each key with default, type and comment, and the headings between them, as
-    they stand in the source of cls and its parents. A key's comment needs two spaces before #; a
-    line that is a comment, indented as the keys are, is a heading."""
-    print(usage.strip())
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for parent in reversed(cls.__mro__[:-1]):
-        for line in inspect.getsource(parent).splitlines():
-            if heading := re.fullmatch('    # (.+)', line):
-                print(f'\n{heading[1]}:')
-            elif field := re.fullmatch(r'    (\w+): .+?  # (.+)', line):
-                key, comment = field.groups()
-                default = str(fields[key].default).replace('\n', r'\n')
-                print(f'  --{key}={default}  ({type_name(fields[key].type)})')
-                print(f'      {comment}')
 
 
 # -----------------------------------------------------------------------------
@@ -208,7 +179,7 @@ def replacing(path):
     try:
         yield part
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:             # RuntimeError: of torch.save
+    except (OSError, RuntimeError) as error:             # torch.save raises RuntimeError
         got = str(error).partition('\n')[0]
         raise UserError(f'{path}: expected to write it, got "{got}"; what was there is untouched. '
                         'Is the disk full? Make room and try again') from None
@@ -223,8 +194,90 @@ def write_text(path, text):
 
 
 def read_text(path):
-    """The text of a file, '' where there is none; bytes that are not UTF-8 become \ufffd."""
-    if not os.path.exists(path):
-        return ''
+    """The text of a file; bytes that are not UTF-8 become \ufffd. Raises OSError."""
     with open(path, encoding='utf-8', errors='replace') as file:
         return file.read()
+
+
+# -----------------------------------------------------------------------------
+# the machine: what `auto` means here
+
+def choose_device(name):
+    """A torch.device that is there; 'auto' takes the fastest. Under torchrun it is this process's
+    own GPU, which becomes the current one. Raises UserError."""
+    if name == 'auto':
+        version = tuple(int(part) for part in torch.__version__.split('.')[:2])
+        # attention on mps is wrong before 2.14: PyTorch issues 174861, 195910
+        mps = torch.backends.mps.is_available() and version >= (2, 14)
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
+    if name == 'cuda' and WORLD_SIZE > 1:
+        name = f'cuda:{os.environ["LOCAL_RANK"]}'
+        torch.cuda.set_device(name)
+    try:
+        if not re.fullmatch(r'cpu|mps|cuda(:\d+)?', name):
+            raise RuntimeError('known are cuda, cuda:1, mps, cpu')
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:       # it is not there
+        raise UserError(f'device: expected auto or one of this machine, got {name!r}: '
+                        f'{str(error).splitlines()[0]:.80}') from None
+    return device
+
+
+def processor_name(device):
+    """What computes. It is part of a run's recipe: with equal settings and seed, runs end some
+    0.006 nats per token apart on two kinds of CPU."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    name = platform.processor()
+    if os.path.exists('/proc/cpuinfo'):                            # Linux says more
+        info = dict(re.findall(r'^([^\t\n]+)\t*: (.+)', read_text('/proc/cpuinfo'), re.M))
+        name = (f'{info.get("model name", name)} '
+                f'({info.get("cpu family", "?")}/{info.get("model", "?")})')
+    return f'{name} {torch.backends.cpu.get_cpu_capability()}'
+
+
+def usable_cores():
+    """How many cores this process may use; `taskset` may have allowed it fewer than there are."""
+    if hasattr(os, 'sched_getaffinity'):                           # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def fast_dtype(config, device):
+    """The name of the dtype of matmuls that auto stands for. On a CPU an expert's matmuls are
+    timed, with config.threads threads."""
+    if device.type == 'cuda':            # T4 and V100 are fast in float16 alone
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return 'bfloat16' if native else 'float16'
+    if device.type != 'cpu' or WORLD_SIZE > 1:           # processes might decide differently
+        return 'float32'
+    # (rows, D) times (D, d), but not so small that its time is all overhead
+    rows = max(256, config.batch_size * config.block_size * config.top_k // config.n_expert)
+    D, d = max(96, config.n_embd), max(384, config.d_ffn)
+    return 'bfloat16' if bfloat16_gain(rows, D, d, config.threads) > 1.2 else 'float32'
+
+
+@functools.cache
+def bfloat16_gain(rows, D, d, threads):
+    """How many times as fast as in float32 this CPU multiplies an expert's matrices in bfloat16,
+    forward and backward. Not every processor that has it is fast."""
+    def seconds(dtype):
+        x, w, dy = (torch.ones(size, dtype=dtype) for size in ((rows, D), (D, d), (rows, d)))
+        timer = Timer('x @ w, dy @ w.T, x.T @ dy', globals={'x': x, 'w': w, 'dy': dy},
+                      num_threads=threads)
+        return timer.blocked_autorange(min_run_time=0.15).median
+    gain = seconds(torch.float32) / seconds(torch.bfloat16)
+    print(f'dtype: this CPU multiplies {gain:.2g} times as fast in bfloat16 as in float32')
+    return gain
+
+
+def keep_freed_memory():
+    """Let glibc, where there is one, keep large blocks that are freed. It would return them to the
+    kernel, which clears them page by page when the next step asks again: a quarter of its time."""
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4           # from glibc's malloc.h
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 64 * 2**20)

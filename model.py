@@ -10,11 +10,11 @@ Four parts, to be read in this order:
 
     1. the three MLPs, as the paper writes them        all of AoE is here
     2. the GPT around them                             RMSNorm, rotary positions, no biases
-    3. a matmul for each expert                        sorting tokens by expert; later
-    4. the configuration's defaults and refusals
+    3. a matmul for all experts, and one for each      can be taken on trust
+    4. the configuration                               defaults, refusals, other ways to choose
 
 Shapes in the comments:
-    B sequences of S positions (nanoGPT's T), together T = B*S tokens
+    B sequences of S positions; together T = B * S tokens. (nanoGPT calls S positions T.)
     D = n_embd (nanoGPT's C), E = n_expert, K = top_k
     d = an expert's hidden width: d_ffn, or d_wide where its gate is factorised
 """
@@ -26,12 +26,17 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
 class GPTConfig:
-    """What defines a model. Raises ValueError, in one line, where the numbers do not fit."""
+    """What defines a model. Raises ValueError where the numbers do not fit.
+
+    A key that is of no use to a model becomes None: d_judge for moe, d_low where no gate is
+    factorised. (Two models with equal keys are equal.)
+    """
     # model
     block_size: int = 64                 # context length, in tokens
     vocab_size: int | None = None        # None: as many as the data's tokenizer has
@@ -39,49 +44,45 @@ class GPTConfig:
     n_head: int = 4                      # attention heads per block
     n_embd: int = 128                    # width of the residual stream, D
     dropout: float = 0.0                 # probability of dropping an activation in training
-    mlp: str = 'aoe'                     # aoe, moe or dense; train.py splits a list with commas
-    factorised: bool | None = None       # the gate is Wdown Wup, not Wg; None: True for aoe alone
+    mlp: str = 'aoe'                     # aoe, moe or dense; on train.py's line also aoe,moe
+    factorised: bool | None = None       # is the gate x Wdown Wup, or x Wg? None: only in aoe
     n_expert: int = 8                    # experts per layer, E
     top_k: int = 2                       # experts that handle a token, K
     d_ffn: int | None = None             # hidden width of an expert; dense: K times it; None: 4 D
     d_low: int | None = None             # inner width of a factorised gate; None: about D / 3
-    d_judge: int | None = None           # aoe, whole gate: neurons that score; None: about D / 6
-    aux_weight: float = 0.0              # of L_aux, which makes loads even; paper: 0 and 0.01
-    # other variants, of the paper's Tables 2 and 3
-    router: Literal['linear', 'large'] = 'linear'   # how a router of moe scores
+    d_judge: int | None = None           # aoe: numbers that score; None: d_low, or D / 6 if whole
+    aux_weight: float = 0.0              # of L_aux, which evens out the loads; paper: 0, and 0.01
+    # other variants, most of the paper's Tables 2 and 3
+    router: Literal['linear', 'large'] = 'linear'   # of moe; large has as many numbers as w_down
+    router_std: float = 0.02             # standard deviation of a router's first weights
     select: Literal['top_k', 'top_p', 'expert_choice'] = 'top_k'   # how experts are chosen
     top_p: float = 0.6                   # for top_p: the probability that the chosen reach together
     weigh_among: Literal['chosen', 'all'] = 'chosen'   # softmax over these; Switch Transformer: all
-    conf_weight: float = 0.0             # of a penalty on unsure choices; paper: 1e-4 with top_p
+    conf_weight: float = 0.0             # of Ent_conf in the loss; paper: 1e-4 with top_p
     capacity_factor: float = 2.0         # for expert_choice: an expert takes this * T/E tokens
     # memory
-    recompute: bool | None = None        # compute again in backward; None: train.py, on a GPU
+    recompute: bool = False              # compute blocks again in backward instead of storing them
 
     def __post_init__(self):
-        fill_in(self)                                              # part 4
+        refuse_out_of_range(self)                                  # these three: part 4
+        fill_in(self)
         refuse_misfits(self)
 
     @property
     def d_wide(self):
-        """Hidden width of an expert with a factorised gate, which gives it the size of moe's."""
-        return equation_5(self.n_embd, self.d_ffn, self.d_low)
-
-
-def equation_5(D, d_ffn, d_low):
-    """d_wide, as a multiple of 8: it solves d_low D + d_low d_wide + 2 D d_wide = 3 D d_ffn."""
-    return 8 * round((3 * D * d_ffn - d_low * D) / (d_low + 2 * D) / 8)
+        """Hidden width of an expert whose gate is factorised (Eq. 5)."""
+        return width_of_equal_size(self.n_embd, self.d_ffn, self.d_low)
 
 
 # -----------------------------------------------------------------------------
 # Part 1: the three MLPs. Each takes T tokens x (T, D); gives h (T, D), and what its experts did.
 
 class Routing(NamedTuple):
-    """What the experts did with T tokens; for top_p and expert_choice K is E. The GPT stacks its
-    layers: (L, T, E) and so on."""
-    scores: torch.Tensor     # (T, E)  p: activation norms for aoe, the router's scores for moe
-    chosen: torch.Tensor     # (T, K)  I: the experts that handled the token; -1 for nobody
-    weights: torch.Tensor    # (T, K)  w: 0 for nobody
-    aux_loss: torch.Tensor   # ()      for the trainer to add to the loss
+    """What the experts did with T tokens. The GPT stacks its layers: (L, T, E) and so on."""
+    scores: torch.Tensor     # (T, E)  p: the norms of aoe, or what the router of moe says
+    chosen: torch.Tensor     # (T, K)  I: the experts that handle the token; -1 is nobody
+    weights: torch.Tensor    # (T, K)  w: how much each counts; 0 for nobody
+    aux_loss: torch.Tensor   # ()      aux_weight * L_aux + conf_weight * Ent_conf, to be added
 
 
 class MLP(nn.Module):
@@ -90,22 +91,21 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, d = config.n_embd, config.top_k * config.d_ffn
-        self.w_g = nn.Parameter(torch.empty(D, d))                 # GPT.init_weights fills them
+        self.w_g = nn.Parameter(torch.empty(D, d))                 # GPT.init_weights draws them
         self.w_p = nn.Parameter(torch.empty(D, d))
         self.w_o = nn.Parameter(torch.empty(d, D))
 
     def forward(self, x):
-        return (F.silu(x @ self.w_g) * (x @ self.w_p)) @ self.w_o, None
-
-    def active_parameters(self):
-        return parameters_of(self)
+        h = (F.silu(x @ self.w_g) * (x @ self.w_p)) @ self.w_o
+        return h, Routing(*[x.new_empty(0)] * 4)                   # there are no experts
 
 
 class SparseMLP(nn.Module):
-    """What moe and aoe share: E small SwiGLU MLPs, of which each token sees K.
+    """What moe and aoe share: E experts, small SwiGLU MLPs, of which each token sees K.
 
-    An expert's gate is made in one of two ways, whoever scores: x Wg_i, whole; or x Wdown_i Wup_i,
-    factorised, through the d_low numbers C_i = x Wdown_i.
+    An expert is (SiLU(gate) * (x Wp_i)) Wo_i. Its gate is x Wg_i (a whole gate), or x Wdown_i Wup_i
+    with only d_low numbers between the two matrices (a factorised gate). In the paper moe has whole
+    gates, and aoe factorised ones.
     """
 
     def __init__(self, config):
@@ -116,177 +116,134 @@ class SparseMLP(nn.Module):
         self.w_p = nn.Parameter(torch.empty(E, D, d))
         self.w_o = nn.Parameter(torch.empty(E, d, D))
         if config.factorised:
-            # all Wdown_i side by side: one matmul finds what every expert sees in a token
-            self.w_down = nn.Parameter(torch.empty(D, E * config.d_low))
+            self.w_down = nn.Parameter(torch.empty(E, D, config.d_low))
             self.w_up = nn.Parameter(torch.empty(E, config.d_low, d))
         else:
             self.w_g = nn.Parameter(torch.empty(E, D, d))
 
-    @torch.no_grad()                                               # indices have no gradient
     def choose(self, p):
-        """I (T, K), by the scores p (T, E). For top_p and expert_choice, where tokens have more or
-        fewer experts, K is E, and the rest is -1, nobody."""
-        T, E = p.shape
-        if self.config.select == 'top_k':
-            return p.topk(self.config.top_k).indices               # I = argtopK(p)
-        q = p.softmax(-1)
-        if self.config.select == 'top_p':                          # the fewest that reach top_p
-            q, I = q.sort(descending=True)
-            before = q.cumsum(-1) - q                              # what the likelier ones reach
-            return I.masked_fill(before >= self.config.top_p, -1)
-        # expert_choice: each expert takes its best tokens of the batch, wherever they stand in it
-        capacity = min(T, max(1, round(self.config.capacity_factor * T / E)))
-        taken = torch.zeros_like(q).scatter(0, q.topk(capacity, dim=0).indices, 1.0)
-        everyone = torch.arange(E, device=p.device).expand(T, E)
-        return everyone.masked_fill(taken == 0, -1)                # e if expert e took t, else -1
+        """I (T, K): for each token the experts with the highest scores p (T, E)."""
+        if self.config.select != 'top_k':
+            return choose_by_another_rule(p, self.config)          # part 4
+        return p.topk(self.config.top_k).indices                   # argtopK(p)
 
     def weigh(self, p, I):
-        """w (T, K): softmax(p[I]); 0 for nobody (-1). The cross-entropy reaches the scores by w
-        alone."""
-        nobody, I = I < 0, I.clamp(min=0)
+        """w (T, K) = softmax(p[I]); 0 for nobody. The choice I has no gradient: through w alone the
+        cross-entropy teaches the scores."""
+        nobody = I < 0
+        I = I.masked_fill(nobody, 0)                               # gather needs an expert
         if self.config.weigh_among == 'all':
-            w = p.softmax(-1).gather(1, I)
-        else:                                                      # -inf: NaN for a row of -1
-            w = p.gather(1, I).masked_fill(nobody, -1e30).softmax(-1)
-        return w.masked_fill(nobody, 0)
+            return p.softmax(-1).gather(1, I).masked_fill(nobody, 0)
+        # a large number and not -inf: the softmax of a token that nobody handles would be NaN
+        chosen_p = p.gather(1, I).masked_fill(nobody, -1e30)
+        return chosen_p.softmax(-1).masked_fill(nobody, 0)
 
     def experts(self, x, I, w, C=None):
-        """h = sum over i in I of (SiLU(gate_i) * (w_i x Wp_i)) Wo_i. Returns h (T, D).
+        """h (T, D) = sum over i in I of w_i (SiLU(gate_i) * (x Wp_i)) Wo_i.
 
-        The chosen pairs of a token and an expert are sorted by expert into P rows, and part 3
-        multiplies each expert's rows by its matrix. w_i multiplies x and not the result: h is the
-        same, since all but the gate is linear; were it on the results, they would have to be kept.
+        The chosen pairs of a token and an expert become N rows, sorted by expert; `of_each`
+        multiplies each expert's rows by its matrix (part 3).
 
-        C (T, E, d_low): all x Wdown_i, if aoe has them already. A whole gate ignores it.
+        C (T, E, d_low) are the products x Wdown_i, if aoe has computed them for all experts.
         """
-        mostly_nobody = self.config.select != 'top_k'              # of I, most is -1
-        # of each row: token, pair = token * E + expert, weight
-        rows = sort_by_expert(I, w, self.config.n_expert, leave_out=mostly_nobody)
-        u = self.recomputed(self.up, x, rows)                      # w_i x Wp_i: (P, d)
-        if self.config.factorised:
-            if C is None:                # a router chose: look now, for all E, which is one matmul
-                C = self.look_through(self.w_down, x)
-            g = C.flatten(0, 1).index_select(0, rows.pair)         # C_i: (P, d_low)
+        rows = sort_by_expert(I, w, self.config.n_expert)
+        x_rows = x.index_select(0, rows.token)                     # (N, D)
+        if not self.config.factorised:
+            gate = of_each(self.w_g, x_rows, rows)                 # x Wg_i: (N, d)
         else:
-            g = self.recomputed(self.gate, x, rows)                # x Wg_i: (P, d)
-        y = self.recomputed(self.out, g, u, rows)                  # (P, D)
-        token = rows.token.unsqueeze(1).expand_as(y)               # (index_add would keep y)
-        return y.new_zeros(x.shape).scatter_add(0, token, y)       # each token's rows: (T, D)
-
-    def up(self, x, rows):
-        weighted = x.index_select(0, rows.token) * rows.weight.type_as(x).unsqueeze(1)
-        return of_each(self.w_p, weighted, rows)
-
-    def gate(self, x, rows):
-        return of_each(self.w_g, x.index_select(0, rows.token), rows)
-
-    def out(self, g, u, rows):
-        if self.config.factorised:
-            g = of_each(self.w_up, g, rows)                        # C_i Wup_i: (P, d)
-        return of_each(self.w_o, F.silu(g) * u, rows)
-
-    def look_through(self, w_down, x):
-        """x w_down (D, E n) as C (T, E, n): the n numbers that each expert finds in x."""
-        return (x @ w_down).unflatten(1, (self.config.n_expert, -1))
-
-    def recomputed(self, f, *inputs):
-        """f(*inputs). With config.recompute autograd stores nothing that f computes on the way:
-        backward calls f again, and stops when it has all it needs, mostly before f's last matmul.
-        (So a counter in f would count twice.)"""
-        if self.config.recompute:
-            return checkpoint(f, *inputs, use_reentrant=False)
-        return f(*inputs)
+            if C is None:                                          # a router has chosen
+                C_rows = of_each(self.w_down, x_rows, rows)        # x Wdown_i: (N, d_low)
+            else:
+                C_rows = C.flatten(0, 1).index_select(0, rows.pair)
+            gate = of_each(self.w_up, C_rows, rows)                # C_i Wup_i: (N, d)
+        u = of_each(self.w_p, x_rows, rows)                        # x Wp_i: (N, d)
+        y = of_each(self.w_o, F.silu(gate) * u, rows)              # (N, D)
+        y = y * rows.weight.type_as(y).unsqueeze(1)                # times w_i
+        return y.new_zeros(x.shape).index_add(0, rows.token, y)    # sum a token's rows: (T, D)
 
     def auxiliary_loss(self, p, I):
-        """L_aux, which makes loads even (Eq. 2), and the penalty on Ent_conf, with their weights.
-        From the scores p (T, E) and the chosen I (T, K)."""
+        """aux_weight * L_aux + conf_weight * Ent_conf, from the scores p (T, E) and the chosen I.
+        L_aux is lowest where all experts handle equally many tokens."""
         loss, E = p.new_zeros(()), self.config.n_expert
         if self.config.aux_weight:
             f = count(I, E).type_as(p) / len(p)                    # Eq. 6: (E,), their sum is K
-            P = p.softmax(-1).mean(0)                              # Eq. 6: (E,)
-            loss = loss + self.config.aux_weight * E * (f * P).sum()           # Eq. 2
+            mean_p = p.softmax(-1).mean(0)                         # Eq. 6, P: (E,)
+            loss = loss + self.config.aux_weight * E * (f * mean_p).sum()      # Eq. 2
         if self.config.conf_weight:
             loss = loss + self.config.conf_weight * entropy(p).mean()          # Eq. 8
         return loss
 
-    def experts_of_a_token(self):
-        """How many handle it: for expert_choice on average, for top_p at most."""
-        return {'top_k': self.config.top_k, 'top_p': self.config.n_expert, 'expert_choice': min(
-            self.config.capacity_factor, self.config.n_expert)}[self.config.select]
-
-    def active_parameters(self):
-        """Those that one token meets: what all tokens share, and the used share of the rest."""
-        share, shared = self.experts_of_a_token() / self.config.n_expert, self.shared_parameters()
-        return round(shared + share * (parameters_of(self) - shared))
-
 
 class MoE(SparseMLP):
-    """Routed mixture of experts, Algorithm 1: a router R(x) scores the experts. R(x) is x router,
-    or, for the large router of Table 2, SiLU(x router_in) router."""
+    """Routed mixture of experts, Algorithm 1: a router R scores the experts."""
 
     def __init__(self, config):
         super().__init__(config)
-        D, E, inner = config.n_embd, config.n_expert, config.n_embd
-        if config.router == 'large':                               # as many numbers as w_down has:
-            inner = round(E * config.d_low * D / (D + E))          # inner (D + E) = E d_low D
-            self.router_in = nn.Parameter(torch.empty(D, inner))
-        self.router = nn.Parameter(torch.empty(inner, E))
+        D, E = config.n_embd, config.n_expert
+        rows = D
+        if config.router == 'large':
+            # Table 2: D rows + rows E numbers, as many as the E matrices Wdown_i of aoe have
+            rows = round(E * config.d_low * D / (D + E))
+            self.router_in = nn.Parameter(torch.empty(D, rows))
+        self.router = nn.Parameter(torch.empty(rows, E))
 
     def forward(self, x):                                          # (T, D)
-        p = self.recomputed(self.route, x)                         # R(x): (T, E)
+        p = self.route(x)                                          # R(x): (T, E)
         I = self.choose(p)                                         # argtopK(p): (T, K)
         w = self.weigh(p, I)                                       # softmax(p[I]): (T, K)
         h = self.experts(x, I, w)                                  # Eq. 1: (T, D)
         return h, Routing(p.detach(), I, w.detach(), self.auxiliary_loss(p, I))
 
     def route(self, x):
+        """R(x): x times a matrix; for the large router SiLU(x times a first one) times it."""
         if self.config.router == 'large':
             x = F.silu(x @ self.router_in)
         with torch.autocast(x.device.type, enabled=False):         # scores are float32 at least
             return at_least_float32(x) @ at_least_float32(self.router)
 
-    def shared_parameters(self):
-        mine = ('router', 'router_in', 'w_down')       # factorised: C_i of all E are found, too
-        return sum(p.numel() for name, p in self.named_parameters() if name in mine)
-
 
 class AoE(SparseMLP):
     """Autonomy of experts, Algorithm 2. No router: every expert takes the first step of its gate,
-    and the norm of what it finds is its score. The chosen go on from there (with a whole gate they
-    begin again)."""
+    and the norm of what it finds is its score. The chosen go on from there."""
 
     def forward(self, x):                                          # (T, D)
-        C, p = self.recomputed(self.look, x)                       # (T, E, d_low), (T, E)
+        C = of_all(self.w_down, x)                                 # Eq. 3, x Wdown_i: (T, E, d_low)
+        p = norm(C[:, :, :self.config.d_judge])                    # Eq. 4; paper: of all of C_i
         I = self.choose(p)                                         # argtopK(p): (T, K)
         w = self.weigh(p, I)                                       # softmax(p[I]): (T, K)
-        h = self.experts(x, I, w, C)                               # Algorithm 2, last line: (T, D)
+        h = self.experts(x, I, w, C)          # sum of w_i (SiLU(C_i Wup_i) * (x Wp_i)) Wo_i: (T, D)
         return h, Routing(p.detach(), I, w.detach(), self.auxiliary_loss(p, I))
 
-    def look(self, x):
-        """What every expert finds in x, and how much it is."""
-        C = self.look_through(self.first_step(), x)                # Eq. 3
-        return C, norm(C)                                          # Eq. 4
 
-    def first_step(self):
-        """All Wdown_i side by side, (D, E d_low). A whole gate has none: there the first d_judge
-        columns of Wg_i score, and the chosen compute x Wg_i in full."""
-        if self.config.factorised:
-            return self.w_down
-        return self.w_g[:, :, :self.config.d_judge].transpose(0, 1).flatten(1)
+class WholeAoE(SparseMLP):
+    """Not in the paper: experts that score themselves, and have a whole gate. The norm of the first
+    d_judge numbers of x Wg_i is the score; the chosen then compute all of x Wg_i."""
 
-    def shared_parameters(self):
-        return self.first_step().numel()                           # all experts look at every token
+    def forward(self, x):                                          # (T, D)
+        p = norm(of_all(self.w_g[:, :, :self.config.d_judge], x))  # (T, E)
+        I = self.choose(p)                                         # as in AoE, but without C
+        w = self.weigh(p, I)
+        h = self.experts(x, I, w)
+        return h, Routing(p.detach(), I, w.detach(), self.auxiliary_loss(p, I))
+
+
+def mlp_of(config):
+    """The MLP that the configuration asks for."""
+    if config.mlp == 'aoe' and not config.factorised:
+        return WholeAoE(config)
+    return {'dense': MLP, 'moe': MoE, 'aoe': AoE}[config.mlp](config)
 
 
 def norm(C):
-    """||C||, the L2 norm over the last dimension."""
-    return torch.linalg.vector_norm(C, dim=-1, dtype=torch.promote_types(C.dtype, torch.float32))
+    """||C||_2 over the last dimension, in float32 at least."""
+    return torch.linalg.vector_norm(at_least_float32(C), dim=-1)
 
 
 def count(I, E):
     """How many tokens each expert handles, by I (T, K): (E,)."""
-    I = I.masked_fill(I < 0, E).flatten()                          # -1 counts as expert E ...
-    return I.new_zeros(E + 1).scatter_add(0, I, torch.ones_like(I))[:E]        # ... and is dropped
+    I = I.masked_fill(I < 0, E).flatten()                          # nobody counts as an expert E,
+    counts = I.new_zeros(E + 1).scatter_add(0, I, torch.ones_like(I))
+    return counts[:E]                                              # which is left out here
 
 
 def entropy(p):
@@ -298,28 +255,15 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def as_autocast(x):
-    """x in the dtype that autocast multiplies in."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
-def parameters_of(module):
-    """How many numbers are trained in it; a matrix that two of its parts share counts once."""
-    return sum(p.numel() for p in module.parameters())
-
-
-MLPS = {'dense': MLP, 'moe': MoE, 'aoe': AoE}
-
-
 # -----------------------------------------------------------------------------
 # Part 2: the GPT
 
-EPS = torch.finfo(torch.float32).eps     # PyTorch 2.6 takes the dtype's: 0.008 for bfloat16
+EPS = torch.finfo(torch.float32).eps     # of the RMSNorms, whatever the dtype
 
 
 def rotate(x, cos, sin):
-    """Rotary positions: turn each pair (x1, x2) by an angle that grows with the position.
+    """Rotary positions: a head's numbers i and i + head_dim / 2 are a pair (x1, x2), which is
+    turned by an angle that grows with the position.
 
     x (B, n_head, S, head_dim); cos, sin (S, head_dim / 2). Returns the shape and dtype of x.
     """
@@ -328,14 +272,12 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, dropout):
-    """softmax(q k^T / sqrt(head_dim)) v, causal; all (B, n_head, S, head_dim). On a CPU in float32
-    if S < 256: there bfloat16 takes three times as long (torch 2.13 on a Zen 4)."""
-    if q.device.type != 'cpu' or q.shape[2] >= 256:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-    with torch.autocast('cpu', enabled=False):
-        y = F.scaled_dot_product_attention(*map(at_least_float32, (q, k, v)), is_causal=True,
-                                           dropout_p=dropout)
-    return y.type_as(q)
+    """softmax(q k^T / sqrt(head_dim)) v, causal; all (B, n_head, S, head_dim)."""
+    if q.device.type == 'cpu' and q.shape[2] < 256:      # so short it is slow there in bfloat16
+        with torch.autocast('cpu', enabled=False):
+            q, k, v = (at_least_float32(part) for part in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
 
 
 class CausalSelfAttention(nn.Module):
@@ -353,7 +295,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                       # each (B, n_head, S, head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         y = attend(q, k, v, self.dropout if self.training else 0.0)
-        return self.out(y.transpose(1, 2).reshape(B, S, D))
+        return self.out(y.transpose(1, 2).reshape(B, S, D).type_as(qkv))
 
 
 class Block(nn.Module):
@@ -364,12 +306,11 @@ class Block(nn.Module):
         self.norm_1 = nn.RMSNorm(config.n_embd, EPS)
         self.attention = CausalSelfAttention(config)
         self.norm_2 = nn.RMSNorm(config.n_embd, EPS)
-        self.mlp = MLPS[config.mlp](config)
+        self.mlp = mlp_of(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cos, sin):                                # (B, S, D)
         x = x + self.dropout(self.attention(self.norm_1(x), cos, sin))
-        # cast here once, or every matmul of the MLP would cast and keep a copy of its own
         tokens = as_autocast(self.norm_2(x)).flatten(0, 1)         # (T, D)
         h, routing = self.mlp(tokens)                              # (T, D)
         return x + self.dropout(h.view_as(x)), routing
@@ -401,31 +342,33 @@ class GPT(nn.Module):
     def init_weights(self):
         """Draw every matrix from a normal distribution, with a standard deviation of
 
-            w_g, w_p, w_down, w_up, router_in         1 / sqrt(rows): what has variance 1 keeps it
-            w_o, out, which add to the residual       0.02 / sqrt(2 n_layer)
-            all others                                0.02
+            w_g, w_p, w_down, w_up, router_in     1 / sqrt(rows): an input of variance 1 keeps it
+            w_o, attention.out                    0.02 / sqrt(2 n_layer): they add to the residual
+            router                                router_std
+            all others                            0.02
 
-        0.02 for the first line, as in GPT-2, suits a D of some thousands: at D 96 the experts start
-        nearly alike, and every variant ends at a higher loss.
+        The first line differs from GPT-2, which has 0.02 there, too. That suits a D of some
+        thousands: at D 96 the experts start nearly alike, and every variant ends at a higher loss.
         """
-        for name, p in self.named_parameters():
-            if p.dim() < 2:
-                continue                                           # the norms' weights stay at 1
+        for name, weight in self.named_parameters():
             std = 0.02
             if name.endswith(('w_g', 'w_p', 'w_down', 'w_up', 'router_in')):
-                std = p.shape[-2] ** -0.5
+                std = weight.shape[-2] ** -0.5
+            elif name.endswith('mlp.router'):
+                std = self.config.router_std
             elif name.endswith(('w_o', 'attention.out.weight')):
                 std = 0.02 / math.sqrt(2 * self.config.n_layer)
-            p.normal_(0.0, std)
+            if weight.dim() > 1:                                   # the norms' weights stay at 1
+                weight.normal_(0.0, std)
 
     def forward(self, idx, targets=None):
         """Predict the next token at every position of idx (B, S), S at most block_size. Returns
 
             logits   (B, S, vocab_size)
             loss     mean cross-entropy in nats per token, nothing added; None without targets
-            routing  Routing, stacked over the layers; its aux_loss is for the trainer to add
+            routing  Routing, stacked over the layers (dense: empty); the trainer adds its aux_loss
 
-        Targets of -100 do not count.
+        Raises ValueError for a longer idx.
         """
         S = idx.shape[1]
         if S > self.config.block_size:
@@ -433,40 +376,42 @@ class GPT(nn.Module):
         x = self.dropout(self.embedding(idx))                      # (B, S, D)
         routings = []
         for block in self.blocks:
-            x, routing = block(x, self.cos[:S], self.sin[:S])
+            inputs = (x, self.cos[:S], self.sin[:S])
+            if self.config.recompute:
+                # backward computes the block again, with the weights that it has now
+                weights = dict(block.named_parameters())
+                x, routing = checkpoint(functional_call, block, weights, inputs,
+                                        use_reentrant=False)
+            else:
+                x, routing = block(*inputs)
             routings.append(routing)
         logits = self.head(self.norm(x))                           # (B, S, vocab_size)
-        loss = None if targets is None else cross_entropy(logits, targets)
-        if self.config.mlp == 'dense':                             # empty: its sum is 0
-            return logits, loss, Routing(*(x.new_empty(0) for _ in Routing._fields))
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten())
         fields = zip(*routings)                                    # all scores, all chosen, ...
         return logits, loss, Routing(*(torch.stack(field) for field in fields))
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, vocab_top_k=None, vocab_size=None,
-                 seed=None):
+                 seed=1337):
         """Continue idx (B, S) by max_new_tokens, each drawn from the prediction and fed back.
 
         temperature: below 1 sharpens the prediction; 0 always takes the likeliest token.
         vocab_top_k: draw from that many likeliest tokens only. (top_k is about experts.)
-        vocab_size: draw from the first so many tokens only, those that the tokenizer knows.
-        seed: the same seed on the same machine draws the same text. Sets the model to eval mode.
-        The context is the last block_size tokens.
+        vocab_size: draw from the first so many tokens only. (A tokenizer may know fewer than the
+            model, whose vocabulary is sometimes rounded up for speed.)
+        seed: the same seed on the same machine draws the same text.
+        Sets the model to eval mode. The context is the last block_size tokens. Raises ValueError
+        where there is no token to continue.
         """
-        if self.config.select == 'expert_choice':
-            raise ValueError('select: expected top_k or top_p, got expert_choice, which needs the '
-                             'tokens to come')
         if idx.shape[1] == 0:
             raise ValueError('expected a token at least to continue, got none')
         self.eval()
-        generator = torch.Generator(idx.device)
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
+        generator = torch.Generator(idx.device).manual_seed(seed)
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size:])[0][:, -1, :vocab_size]
-            logits = at_least_float32(logits)                      # (B, vocab_size)
+            logits, _, _ = self(idx[:, -self.config.block_size:])
+            logits = at_least_float32(logits[:, -1, :vocab_size])  # (B, vocab_size)
             if vocab_top_k is not None:
                 kept = logits.topk(min(vocab_top_k, logits.shape[-1])).values
                 logits = logits.masked_fill(logits < kept[:, -1:], -torch.inf)
@@ -479,173 +424,207 @@ class GPT(nn.Module):
         return idx
 
     def total_parameters(self):
-        return parameters_of(self)
+        """How many numbers are trained. (Embedding and head share theirs.)"""
+        return sum(weight.numel() for weight in self.parameters())
 
     def active_parameters(self):
-        """Parameters that the computation of one token touches; each layer counts its own."""
-        layers = [block.mlp for block in self.blocks]
-        return parameters_of(self) + sum(
-            layer.active_parameters() - parameters_of(layer) for layer in layers)
+        """How many of them one token meets: of each expert weight, which is stacked over the E
+        experts, the share of those that handle a token; but of what judges in aoe, all."""
+        c, active = self.config, self.total_parameters()
+        for block in self.blocks:
+            stacked = sum(weight.numel() for weight in block.mlp.parameters() if weight.dim() == 3)
+            judging = c.n_expert * c.n_embd * ((c.d_low or c.d_judge) if c.mlp == 'aoe' else 0)
+            active -= (1 - experts_of_a_token(c) / c.n_expert) * (stacked - judging)
+        return round(active)
 
     def flops_per_token(self):
         """Floating-point operations of a training step per token: 6 for each active weight of a
         matrix (a multiply and an add, once in forward, twice in backward), and 12 S D a layer for
         attention's two products, at full context without the saving of the causal mask."""
-        c = self.config
-        weights = self.active_parameters() - sum(p.numel() for p in self.parameters()
-                                                 if p.dim() == 1)  # the norms'
-        if c.mlp == 'aoe' and not c.factorised:          # counted once, computed twice
-            layers = [block.mlp.experts_of_a_token() for block in self.blocks]
-            weights += round(sum(layers) * c.n_embd * c.d_judge)
+        c, norms = self.config, sum(w.numel() for w in self.parameters() if w.dim() < 2)
+        weights = self.active_parameters() - norms
+        if c.mlp == 'aoe' and not c.factorised:          # the chosen compute what judged once more
+            weights += round(c.n_layer * experts_of_a_token(c) * c.n_embd * c.d_judge)
         return 6 * weights + 12 * c.n_layer * c.block_size * c.n_embd
 
 
-def cross_entropy(logits, targets):
-    """F.cross_entropy(logits, targets), in less memory: the float32 copy of a batch's logits would
-    be the largest tensor of a step. So 2,048 tokens at a time, and backward does each piece again.
-    """
-    def summed(logits, targets):
-        return F.cross_entropy(at_least_float32(logits), targets, reduction='sum')
-    pieces = zip(logits.flatten(0, 1).split(2048), targets.flatten().split(2048), strict=True)
-    loss = sum(checkpoint(summed, *piece, use_reentrant=False) for piece in pieces)
-    return loss / (targets != -100).sum()
-
-
 # -----------------------------------------------------------------------------
-# Part 3: a matmul for each expert
+# Part 3: a matmul for all experts, and one for each
+
+def as_autocast(x):
+    """x in the dtype that autocast multiplies in. F.grouped_mm below does not cast by itself, and
+    where one x meets several matrices it is cast once."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def of_all(w, x):
+    """Each token of x (T, D) times the matrices of all experts, w (E, D, n): (T, E, n)."""
+    return torch.einsum('td,edn->ten', x, w)
+
+
+def of_each(w, x, rows):
+    """Each row of x (N, m) times the matrix of its own expert, w (E, m, n): (N, n)."""
+    x, w = as_autocast(x), as_autocast(w)
+    dtypes = (torch.bfloat16, torch.float32)
+    if torch.compiler.is_compiling():
+        dtypes = (torch.bfloat16,)                       # torch.compile knows no other
+    aligned = w.shape[1] % 8 == 0 and w.shape[2] % 8 == 0          # rows of 16 bytes, or of 32
+    if x.dtype in dtypes and aligned and hasattr(F, 'grouped_mm'):
+        return F.grouped_mm(x, w, offs=rows.ends)        # the next two lines in one call
+    parts = x.tensor_split(rows.ends[:-1].tolist())
+    return torch.cat([part @ matrix for part, matrix in zip(parts, w)])
+
 
 class Rows(NamedTuple):
-    """The chosen pairs of a token and an expert, sorted by expert, with padding: P rows."""
-    token: torch.Tensor      # (P,)    the token of each row; 0 in padding
-    pair: torch.Tensor       # (P,)    token * E + its expert
-    weight: torch.Tensor     # (P,)    w of the pair; 0 in padding
-    ends: torch.Tensor       # (E,)    int32: where each expert's rows end; the last is P
+    """The chosen pairs of a token and an expert, sorted by expert, and padding: N rows."""
+    token: torch.Tensor      # (N,)    the token of each row; 0 in padding
+    pair: torch.Tensor       # (N,)    token * E + its expert
+    weight: torch.Tensor     # (N,)    w of the pair; 0 in padding
+    ends: torch.Tensor       # (E,)    int32: where each expert's rows end; the last is N
+
+
+def sort_by_expert(I, w, E):
+    """The Rows of I and w (T, K). With E = 2, K = 1, tokens a, b, c and I = [[1], [0], [1]]:
+
+        row      0 1 2 ... 15   16 17 18 ... 31
+        expert   0 0 0     0     1  1  1      1
+        token    b . .     .     a  c  .      .      . is padding
+    """
+    expert, weight = I.flatten(), w.flatten()                      # of each pair
+    token = torch.arange(len(expert), device=I.device) // I.shape[1]
+    if I.shape[1] == E:      # rules other than top_k leave most places to nobody: drop these
+        somebody = expert >= 0
+        expert, weight, token = expert[somebody], weight[somebody], token[somebody]
+    expert = expert.where(expert >= 0, E - 1)    # any nobody that is left has weight 0
+    padding = padding_of(expert, E)
+    expert, order = torch.cat([expert, padding]).sort(stable=True)
+    token = F.pad(token, (0, len(padding)))[order]                 # padding is of token 0
+    weight = F.pad(weight, (0, len(padding)))[order]               # and has weight 0
+    return Rows(token, token * E + expert, weight, count(expert, E).cumsum(0).int())
 
 
 PAD = 16
 
 
-def sort_by_expert(I, w, E, leave_out):
-    """The Rows of I and w (T, K). With E = 2, K = 1, tokens a, b, c and I = [[1], [0], [1]]:
+def padding_of(expert, E):
+    """The experts of rows to be added, so that each expert has a multiple of PAD rows. The result
+    of a layer is the same without. With it each expert has a row at least (where it has none,
+    F.grouped_mm returns garbage as its gradient: PyTorch issue 172439), and shapes repeat: on a CPU
+    a bfloat16 matmul of a new shape takes longer to prepare than to do.
 
-        row      0 1 2 ... 15   16 17 18 ...
-        token    b . .     .     a  c  .         . is padding
-        expert   0 0 0     0     1  1  1
-
-    Each expert has a multiple of PAD rows: on a CPU a bfloat16 matmul of a new shape takes longer
-    to prepare than to do. And at least PAD: PyTorch (issue 172439) gives garbage as the gradient of
-    an expert without rows.
-
-    P does not depend on who was chosen, so no GPU has to be waited for: there is room for any
-    choice, and the last expert takes what is left. leave_out: most of I is -1, nobody, and gets no
-    row; then the number of rows has to be read from the GPU.
+    Up to PAD - 1 rows for each expert make its number of rows a multiple of PAD; the last takes
+    what the others do not need, so that N depends on no choice and no GPU has to be waited for.
     """
-    T, K = I.shape
-    load = count(I, E)                                             # (E,)
-    pairs = int(load.sum()) if leave_out else T * K
-    size = PAD * ((load.clamp(min=1) + PAD - 1) // PAD)            # rows of each expert: (E,)
-    P = PAD * (math.ceil(pairs / PAD) + E) if T else 0             # never below size.sum()
-    ends = size.cumsum(0).clamp(max=P)
-
-    # sorting gives the places in I (t * K + k) of expert 0, then of 1, ...; nobody's come last
-    expert, place = I.masked_fill(I < 0, E).flatten().sort(stable=True)
-    expert, place = expert[:pairs], place[:pairs]
-    padding_before = F.pad((size - load).cumsum(0), (1, 0))        # above expert 0, 1, ... (and E)
-    row_of_place = torch.arange(pairs, device=I.device) + padding_before[expert]
-    ends[-1] = P
-    token = place.new_zeros(P).scatter(0, row_of_place, place // K)
-    expert_of_row = (torch.arange(P, device=I.device).unsqueeze(1) >= ends).sum(1)
-    return Rows(token=token, pair=token * E + expert_of_row,
-                weight=w.new_zeros(P).scatter(0, row_of_place, w.flatten()[place]),
-                ends=ends.int())
-
-
-def of_each(w, x, rows):
-    """Each row of x (P, m) times the matrix of its expert, w (E, m, n): (P, n)."""
-    x, w = as_autocast(x), as_autocast(w)                          # which F.grouped_mm lacks
-    if has_grouped_mm(x, w):
-        return F.grouped_mm(x, w, offs=rows.ends)                  # the loop below, in one call
-    ends = rows.ends.tolist()
-    return torch.cat([x[start:end] @ w[i] for i, (start, end) in enumerate(zip([0, *ends], ends))])
-
-
-def has_grouped_mm(x, w):
-    """Whether PyTorch has F.grouped_mm for these: for three dtypes, in torch.compile for one, and
-    where the rows of a matrix are whole multiples of 16 bytes."""
-    known = (torch.bfloat16,)
-    if not torch.compiler.is_compiling():
-        known = (torch.bfloat16, torch.float16, torch.float32)
-    # of the last two strides one is 1, the other the length of a row (transposed: a column)
-    whole = all(max(t.stride()[-2:]) * t.element_size() % 16 == 0 for t in (x, w))
-    return hasattr(F, 'grouped_mm') and x.dtype in known and whole
+    lacks = torch.arange(PAD, device=expert.device) >= (count(expert, E) % PAD).unsqueeze(1)
+    padding = torch.arange(E, device=expert.device).unsqueeze(1).where(lacks, E - 1).flatten()
+    return F.pad(padding, (0, -len(expert) % PAD), value=E - 1)
 
 
 # -----------------------------------------------------------------------------
-# Part 4: the configuration's defaults that depend on others, and what cannot be
+# Part 4: the configuration: defaults that depend on other keys, other ways to choose, refusals
 
 def fill_in(config):
-    """Give the keys that are None what fits the others, as far as the model needs them."""
-    c, D = config, config.n_embd
-    if c.factorised is None:
+    """Set the keys that are None to what fits the others; those of no use to the model to None."""
+    c = config
+    if c.factorised is None or c.mlp == 'dense':
         c.factorised = c.mlp == 'aoe'
     if c.d_ffn is None:
-        c.d_ffn = 4 * D
-    if c.d_low is None and (c.factorised or c.mlp == 'moe' and c.router != 'linear'):
-        c.d_low = default_d_low(c)
-    if c.d_judge is None and c.mlp == 'aoe' and not c.factorised:
-        c.d_judge = min(max(8, 8 * round(D / 48)), D, c.d_ffn)
+        c.d_ffn = 4 * c.n_embd
+    if not c.factorised and not (c.mlp == 'moe' and c.router == 'large'):
+        c.d_low = None
+    elif c.d_low is None:
+        c.d_low = default_d_low(c.n_embd, c.d_ffn)
+    if c.mlp != 'aoe':
+        c.d_judge = None
+    elif c.d_judge is None and c.factorised:
+        c.d_judge = c.d_low
+    elif c.d_judge is None:
+        c.d_judge = min(max(8, 8 * round(c.n_embd / 48)), c.n_embd, c.d_ffn)
 
 
-def default_d_low(config):
-    """The multiple of 8 that is nearest to a third of D (of d_ffn, if that is less) and gives a
-    layer the size of moe's to 1 %; where none does, the one that comes nearest to that size."""
-    D, d_ffn = config.n_embd, config.d_ffn
-    narrower = min(D, d_ffn)
-
-    def misfit(d_low):
-        d_wide = equation_5(D, d_ffn, d_low)
-        size, moe = D * d_low + d_low * d_wide + 2 * D * d_wide, 3 * D * d_ffn + D
-        return max(0.01, abs(size / moe - 1)), abs(d_low - narrower / 3)   # within 1 % all tie
-    return min(range(8, max(8, narrower // 2) + 1, 8), key=misfit)
+def width_of_equal_size(D, d_ffn, d_low):
+    """d_wide of Eq. 5, which gives an expert with a factorised gate as many numbers as one of moe:
+    the multiple of 8 that solves d_low D + d_low d_wide + 2 D d_wide = 3 D d_ffn."""
+    return 8 * round((3 * D * d_ffn - d_low * D) / (d_low + 2 * D) / 8)
 
 
-def refuse(config, key, expected):
-    raise ValueError(f'{key}: expected {expected}, got {getattr(config, key)!r}')
+def size_against_moe(D, d_ffn, d_low):
+    """How many numbers an expert with a factorised gate has, for each of one with a whole gate."""
+    d_wide = width_of_equal_size(D, d_ffn, d_low)
+    return (d_low * D + d_low * d_wide + 2 * D * d_wide) / (3 * D * d_ffn)
 
 
-def refuse_misfits(config):
-    """Raise ValueError for the first key whose value cannot be."""
-    c, D = config, config.n_embd
+def default_d_low(D, d_ffn):
+    """The multiple of 8 that is nearest to a third of D (of d_ffn, if that is less), among those
+    that give an expert moe's size to 1 %; among all, if none does."""
+    third = min(D, d_ffn) / 3
+    return min(range(8, int(2 * third) + 8, 8), key=lambda d_low: (
+        abs(size_against_moe(D, d_ffn, d_low) - 1) > 0.01, abs(d_low - third)))
+
+
+def experts_of_a_token(config):
+    """How many experts handle a token: for top_p at most, for expert_choice on average."""
+    if config.select == 'top_p':
+        return config.n_expert
+    if config.select == 'expert_choice':
+        return min(config.capacity_factor, config.n_expert)
+    return config.top_k
+
+
+@torch.no_grad()
+def choose_by_another_rule(p, config):
+    """I by the rules of Table 3, from the scores p (T, E). It is (T, E), a place for each expert
+    that might handle the token; -1, nobody, where it does not.
+
+    top_p: the fewest experts whose probabilities reach top_p together. expert_choice: each expert
+    takes its best tokens of the batch, wherever they stand in it.
+    """
+    q, (T, E) = p.softmax(-1), p.shape
+    if config.select == 'top_p':
+        q, I = q.sort(descending=True)
+        before = q.cumsum(-1) - q                                  # what the likelier ones reach
+        return I.masked_fill(before >= config.top_p, -1)
+    capacity = min(T, max(1, round(config.capacity_factor * T / E)))
+    best = q.topk(capacity, dim=0).indices                         # tokens: (capacity, E)
+    taken = torch.zeros_like(q, dtype=torch.bool).scatter(0, best, True)       # (T, E)
+    return torch.arange(E, device=p.device).where(taken, -1)
+
+
+def need(config, key, fits, expected):
+    if not fits:
+        raise ValueError(f'{key}: expected {expected}, got {getattr(config, key)!r}')
+
+
+def refuse_out_of_range(config):
+    """Raise ValueError for the first key whose value cannot be, whatever the others are."""
+    c = config
     for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_expert', 'top_k',
-                'd_ffn', 'd_low', 'd_judge'):
+                'd_ffn', 'd_low', 'd_judge', 'capacity_factor'):
         value = getattr(c, key)
-        if value is not None and not 0 < value < 2**31:
-            refuse(c, key, 'a positive number')
+        need(c, key, value is None or 0 < value < 2**31, 'a positive number')
     for key, known in (('mlp', ('aoe', 'moe', 'dense')), ('router', ('linear', 'large')),
                        ('select', ('top_k', 'top_p', 'expert_choice')),
                        ('weigh_among', ('chosen', 'all'))):
-        if getattr(c, key) not in known:
-            refuse(c, key, f'one of {", ".join(known)}')
-    if not 0 < c.top_p <= 1:
-        refuse(c, 'top_p', 'more than 0 and at most 1')
-    if not 0 < c.capacity_factor < 2**31:
-        refuse(c, 'capacity_factor', 'a positive number')
-    for key in ('aux_weight', 'conf_weight'):
-        if not 0 <= getattr(c, key) < math.inf:
-            refuse(c, key, '0 or more')
-    if not 0 <= c.dropout < 1:
-        refuse(c, 'dropout', 'a probability below 1')
-    if c.top_k > c.n_expert:
-        refuse(c, 'top_k', f'at most n_expert = {c.n_expert}')
-    if D % (2 * c.n_head):
-        refuse(c, 'n_embd', f'a multiple of 2 * n_head = {2 * c.n_head} (rotary positions turn '
-               'pairs of numbers within a head)')
-    if c.d_low is not None and c.d_low > D:
-        refuse(c, 'd_low', f'at most n_embd = {D}')
+        need(c, key, getattr(c, key) in known, f'one of {", ".join(known)}')
+    for key in ('aux_weight', 'conf_weight', 'router_std'):
+        need(c, key, 0 <= getattr(c, key) < math.inf, '0 or more')
+    need(c, 'top_p', 0 < c.top_p <= 1, 'more than 0 and at most 1')
+    need(c, 'dropout', 0 <= c.dropout < 1, 'a probability below 1')
+
+
+def refuse_misfits(config):
+    """Raise ValueError for the first key that does not fit the others."""
+    c, D = config, config.n_embd
+    need(c, 'top_k', c.top_k <= c.n_expert, f'at most n_expert = {c.n_expert}')
+    need(c, 'n_embd', D % (2 * c.n_head) == 0, f'a multiple of 2 * n_head = {2 * c.n_head} (rotary '
+         'positions turn pairs of numbers within a head)')
+    if c.d_low is not None:
+        need(c, 'd_low', c.d_low <= D, f'at most n_embd = {D}')
+    if c.factorised:
+        need(c, 'd_low', c.d_wide > 0, f'less: Eq. 5 leaves no d_wide to experts of {c.d_ffn}')
+    if c.mlp == 'aoe' and c.factorised:
+        need(c, 'd_judge', c.d_judge <= c.d_low, f'at most d_low = {c.d_low}')
     if c.mlp == 'aoe' and not c.factorised:
-        if c.d_low is not None:
-            refuse(c, 'd_low', 'None: a whole gate has no inner width, but --d_judge')
-        if c.d_judge > min(D, c.d_ffn):
-            refuse(c, 'd_judge', f'at most n_embd = {D} and d_ffn = {c.d_ffn}')
-    if c.mlp != 'dense' and c.factorised and equation_5(D, c.d_ffn, c.d_low) <= 0:
-        refuse(c, 'd_low', f'less, since Eq. 5 leaves no d_wide to experts of d_ffn = {c.d_ffn}')
+        most = min(D, c.d_ffn)
+        need(c, 'd_judge', c.d_judge <= most, f'at most {most}, the least of n_embd and d_ffn')

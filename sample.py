@@ -1,41 +1,43 @@
 """
-Let a trained model write.
+Look at what train.py has left behind. Of one run: a text that its model writes.
 
     python sample.py out/quick_start/aoe
     python sample.py out/quick_start/moe --prompt="ROMEO." --temperature=0.8
-    python sample.py out/quick_start/aoe --num_samples=3 --seed=1
     python sample.py out/quick_start/aoe --show_experts=True --layer=2
 
-The argument is the folder of a run. Its best.pt brings settings and tokenizer.
---show_experts=True colours each token by its first expert, which has the largest
-weight; where there is no terminal (or NO_COLOR) the expert's number stands below.
-It also writes experts.html beside best.pt, for a browser: all layers, what stands
-out in them, and for the token that you point at the scores of all experts.
+--show_experts=True colours each token by its first expert, which has the largest weight. It also
+writes experts.html beside best.pt, for a browser: all layers, what stands out in them, and for the
+token that you point at the scores of all experts. Of a folder of runs: their table and pictures,
+as at the end of train.py.
+
+    python sample.py out/quick_start
+
+Four parts: 1. a run's files, and its model  2. which expert took which token  3. the results of
+runs: brought together, compared, in a table, in pictures  4. main, and the page for a browser
 """
 
-import signal
-
-if __name__ == '__main__':               # Ctrl-C while the next lines import: end without a word
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
+import dataclasses
 import json
+import math
 import os
 import re
-import sys
+import statistics
 from dataclasses import dataclass
 from html import escape
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from configurator import UserError, expect, parse, run, write_text
-from model import Routing
+from configurator import (UserError, choose_device, expect, parse, read_text, replacing, run,
+                          write_text)
+from model import GPT, GPTConfig
 from prepare_data import tokenizer_from
-from train import CLASSES, choose_device, load_model, read_log
 
 
 @dataclass
 class SampleConfig:
-    """The keys of this script; the comments between them are headings of --help."""
+    """The keys of this script."""
     # text
     prompt: str = '\n'                   # the text to go on from
     num_samples: int = 1                 # texts to write
@@ -59,81 +61,548 @@ class SampleConfig:
 
 
 # -----------------------------------------------------------------------------
-# which expert took which token
+# Part 1: a run's files, and its model
 
-# Paul Tol's light scheme: black letters can be read on it, and all readers tell it apart
-PALETTE = ['#77AADD', '#EE8866', '#EEDD88', '#FFAABB', '#99DDFF', '#44BB99', '#BBCC33', '#AAAA00']
+# what ckpt.pt holds; best.pt has the first three
+CHECKPOINT = {'model': dict, 'meta': dict, 'recipe': dict, 'optimizer': dict, 'scaler': dict,
+              'iter': int, 'seconds': float, 'log': list}
+
+
+def load_checkpoint(path, device, mmap=False):
+    """What train.py has saved as ckpt.pt or best.pt. Nothing in the file can run code. mmap: read
+    from the disk only what is looked at. Raises UserError."""
+    if not os.path.exists(path):
+        raise UserError(f'expected a checkpoint, got no file {path}; train one with train.py')
+    keys = list(CHECKPOINT)[:3] if os.path.basename(path) == 'best.pt' else CHECKPOINT
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        whole = all(isinstance(checkpoint[key], CHECKPOINT[key]) for key in keys)
+    except Exception:                    # torch.load has many ways to find a file damaged
+        whole = False
+    if not whole:
+        raise UserError(f'{path}: expected a checkpoint of this train.py, got a damaged or foreign '
+                        'file; --name= trains anew, beside it')
+    return checkpoint
+
+
+def load_states(checkpoint, path, **parts):
+    """Give the model, and maybe optimizer and scaler, the state that is in the checkpoint."""
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(checkpoint[name])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f'{path}: expected the {name} of a run with these keys and this '
+                            'model.py, got another; train anew with --name=') from None
+
+
+def load_model(folder, device):
+    """The best model of the run in folder, its tokenizer's meta, and the dtype it trained in."""
+    path = os.path.join(folder, 'best.pt')
+    checkpoint = load_checkpoint(path, device)
+    recipe, keys = checkpoint['recipe'], {field.name for field in dataclasses.fields(GPTConfig)}
+    try:
+        model = GPT(GPTConfig(**{key: recipe[key] for key in keys & recipe.keys()}))
+        dtype = getattr(torch, recipe['dtype'])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f'{path}: expected a model of this model.py, got {error!r:.80}') from None
+    load_states(checkpoint, path, model=model)
+    return model.eval().to(device), checkpoint['meta'], dtype
+
+
+def read_log(folder):
+    """The evaluations of a run, oldest first. Raises ValueError for a damaged log.jsonl."""
+    path = os.path.join(folder, 'log.jsonl')
+    return [json.loads(line) for line in read_text(path).splitlines()]
+
+
+def is_run_name(name):
+    """Whether a run can be called so. Its name is that of a folder in out_dir, of a row in tables,
+    where | ends a cell, and of a line in pictures, where $ and a first _ mean something."""
+    return (isinstance(name, str) and re.fullmatch(r'(?!_)\w[\w .,=+%()-]*', name) is not None
+            and not name.endswith((' ', '.', '.jsonl', '.png')))
+
+
+# -----------------------------------------------------------------------------
+# Part 2: which expert took which token
+
+CLASSES = ('letters', 'capitals', 'spaces', 'line ends', 'other')  # of characters
+
+
+def class_of(character):
+    """The place in CLASSES of a character; digits and punctuation are others."""
+    if character.isalpha():
+        return CLASSES.index('capitals' if character.isupper() else 'letters')
+    if character in '\r\n':
+        return CLASSES.index('line ends')
+    return CLASSES.index('spaces' if character.isspace() else 'other')
+
+
+# a colour for each of eight experts, on which black letters can be read
+PALETTE = ['#77AADD', '#EE8866', '#EEDD88', '#FFAABB', '#DDDDDD', '#44BB99', '#BBCC33', '#BB99DD']
 LINE_END = '\u00b6'                      # a line end is a token, too, and drawn as this
 
 
 @torch.no_grad()
 def watch_experts(model, tokens):
-    """The Routing (L, S, ...) of tokens (S,); a token's heaviest expert comes first. As in training
-    they are read in windows of block_size: the first token of each has no context."""
+    """All experts' scores and weights (L, S, E) for tokens (S,); an expert that isn't chosen weighs
+    0. As in training they are read in windows of block_size: the first of each has no context."""
     windows = [model(window[None])[2] for window in tokens.split(model.config.block_size)]
-    scores, chosen, weights = (torch.cat(parts, dim=1) for parts in list(zip(*windows))[:3])
-    order = weights.argsort(descending=True)
-    return Routing(scores, chosen.gather(2, order), weights.gather(2, order), None)
-
-
-def without_controls(text):
-    """text without what would ring or steer a terminal."""
-    return re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]', '\ufffd', text)
+    scores = torch.cat([routing.scores for routing in windows], dim=1)
+    chosen = torch.cat([routing.chosen for routing in windows], dim=1)
+    weights = torch.cat([routing.weights for routing in windows], dim=1)
+    return scores, torch.zeros_like(scores).scatter_add(2, chosen.clamp(min=0), weights)
 
 
 def color_text(texts, experts):
     """For a terminal: the texts of tokens, each on the colour of its expert."""
     def paint(text, expert):
         red, green, blue = bytes.fromhex(PALETTE[expert % 8][1:])
-        return f'\033[48;2;{red};{green};{blue};30m{text}\033[0m'
+        return f'\033[48;2;{red};{green};{blue};30m{text}\033[0m'  # 48;2: a background; 30: black
     legend = ' '.join(paint(f' {expert} ', expert) for expert in sorted(set(experts)))
     painted = (paint(text.replace('\n', LINE_END), expert) + '\n' * text.count('\n')
                for text, expert in zip(texts, experts))
     return f'expert {legend}   {LINE_END} line end\n\n{"".join(painted)}'
 
 
-def number_text(texts, experts):
-    """For a file: the texts of tokens, and below each line of them its experts' numbers."""
-    upper, lower = '', ''
-    for text, expert in zip(texts, map(str, experts)):
-        width, end = max(len(text), len(expert)), '\n' * text.endswith('\n')
-        upper += text.replace('\n', LINE_END).ljust(width) + end
-        lower += expert.ljust(width) + end
-    return '\n'.join(map('\n'.join, zip(upper.split('\n'), lower.split('\n')))).rstrip('\n')
-
-
-def stand_outs(entry):
-    """What stands out in an evaluation, an entry of log.jsonl: for each layer the experts that
-    handle more of a class of characters than of all, by 25 points or more: [(expert, text), ...],
-    such as (3, '91 % of the line ends, 64 % of the capitals (25 % of all)')."""
+def stand_outs(evaluation):
+    """What stands out in an evaluation of log.jsonl: for each layer the experts that handle more of
+    a class of characters than of all, by 25 points or more: [(expert, text), ...], such as
+    (3, '91 % of the line ends, 64 % of the capitals (25 % of all characters)')."""
     names, layers = (*CLASSES[:-1], 'digits and punctuation'), []
-    for loads, per_token, class_load in zip(entry['load'], entry['experts_per_token'],
-                                            entry['class_load']):
+    for loads, per_token, class_load in zip(evaluation['load'], evaluation['experts_per_token'],
+                                            evaluation['class_load']):
         found = []
         for expert, load in enumerate(loads):
             share = load * per_token                               # of all characters
-            parts = zip([of_class[expert] for of_class in class_load], names)
-            told = [f'{100 * part:.0f} % of the {name}' for part, name in sorted(parts)[::-1]
-                    if part - share >= 0.25]
+            parts = sorted(zip([of_class[expert] for of_class in class_load], names), reverse=True)
+            told = [f'{part:.0%} of the {name}' for part, name in parts if part - share >= 0.25]
             if told:
-                found.append((expert, f'{", ".join(told)} ({100 * share:.0f} % of all)'))
+                text = f'{", ".join(told)} ({share:.0%} of all characters)'
+                found.append((expert, text.replace('%', ' %')))
         layers.append(found)
     return layers
 
 
-def experts_page(name, texts, routing, config, layer, notes):
+# -----------------------------------------------------------------------------
+# Part 3: results. A result is a dict of what a run has come to: what it is called and what shaped
+# it (config.json) and its last evaluation (log.jsonl); a line of results.jsonl is one, too.
+
+def read_result(folder):
+    """The result of the run in folder, with its whole log and its lowest validation loss. Raises
+    OSError, ValueError, TypeError, KeyError or IndexError where there is none."""
+    log = read_log(folder)
+    result = json.loads(read_text(os.path.join(folder, 'config.json')))
+    lowest = min(evaluation['val_loss'] for evaluation in log)
+    return checked({**result, 'lowest_val_loss': lowest, **log[-1], 'log': log, 'from': folder})
+
+
+def checked(result):
+    """result, if all is in it that tables need. Raises KeyError, TypeError or ValueError if not."""
+    numbers = [result[key] for key in ('iter', 'tokens', 'seconds', 'val_loss', 'lowest_val_loss')]
+    if not (all(map(math.isfinite, [*numbers, *result['ent_load']])) and is_run_name(result['run'])
+            and isinstance(result['seed'], int) and result['recipe']['mlp']):
+        raise ValueError('no result')
+    return result
+
+
+def read_results(out_dir, tell=print):
+    """The results of all runs in out_dir, without those that can't be read, which it tells. Raises
+    UserError where there are none."""
+    results = []
+    for name in sorted(os.listdir(out_dir)) if os.path.isdir(out_dir) else ():
+        folder = os.path.join(out_dir, name)
+        try:
+            if os.path.exists(os.path.join(folder, 'log.jsonl')):
+                results.append(read_result(folder))
+        except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
+            tell(f'{folder} is left out: {error!r:.60}')
+    if not results:
+        raise UserError(f'expected a folder that holds runs, got none in {out_dir}')
+    return results
+
+
+def group(results):
+    """Run -> {seed: result}. Results are seeds of one run where name, recipe (but for the seed) and
+    iteration are equal. Where runs of one name differ in their recipes, it says in what; and how
+    far a run is, if others are further:
+
+        two called aoe, with top_k 1 and 2, the second stopped at iteration 10
+        ->  {'aoe (top_k 1)': {1: ..., 2: ...}, 'aoe (top_k 2, to 10)': {1: ...}}
+
+    Equal results of one seed count once. Raises UserError for different ones."""
+    groups, furthest = [], max(result['iter'] for result in results)   # groups: (shape, seeds)
+    for result in results:
+        shape = result['recipe'] | {'seed': None, 'run': result['run'], 'iter': result['iter'],
+                                    'diverged': result.get('diverged')}
+        seeds = next((seeds for other, seeds in groups if other == shape), None)
+        if seeds is None:
+            groups.append((shape, seeds := {}))
+        twin = seeds.setdefault(result['seed'], result)
+        if any(twin[key] != result[key] for key in ('val_loss', 'lowest_val_loss')):
+            raise UserError(f'{result["from"]}: expected what {twin["from"]} has, which is the same'
+                            f' run {result["run"]!r} with the same seed, got another loss; '
+                            'remove one of the two')
+    runs = {}
+    for shape, seeds in groups:
+        others = [other for other, _ in groups if other['run'] == shape['run']]
+        notes = [f'{key} {value}' for key, value in shape.items() if key not in ('iter', 'diverged')
+                 and any(other.get(key) != value for other in others)]
+        if shape['diverged'] is not None:
+            notes.append(f'diverged at {shape["diverged"]}')
+        elif shape['iter'] < furthest:
+            notes.append(f'to {shape["iter"]}')
+        name = shape['run'] + (f' ({", ".join(notes)})' if notes else '')
+        while name in runs:              # a run may itself be called 'aoe (top_k 1)'
+            name += "'"
+        runs[name] = seeds
+    return runs
+
+
+# the comparison of runs, seed by seed
+
+# a run and what it is compared with must agree in these: the tokens that they trained on and the
+# windows in which they were evaluated
+AGREE = {'sha256', 'train_tokens', 'val_tokens', 'block_size', 'batch_size', 'eval_iters',
+         'gradient_accumulation_steps'}
+# what makes a variant may differ without a word; what else differs is told
+OF_VARIANT = {'mlp', 'factorised', 'router', 'router_std', 'd_low', 'd_judge', 'seed'}
+
+
+class Difference(NamedTuple):
+    base: str                # the run that is subtracted
+    differ: set              # the keys of the recipe that differ, besides those of the variant
+    minus: dict              # seed -> loss minus that of the base
+    base_loss: float         # the mean loss of the base on these seeds
+
+
+def variant_of(seeds):
+    """What a run is by its recipe, such as 'moe', 'moe wide', 'aoe_whole' or 'aoe narrow'. seeds:
+    its {seed: result}."""
+    recipe = next(iter(seeds.values()))['recipe']
+    moe, aoe, factorised = recipe['mlp'] == 'moe', recipe['mlp'] == 'aoe', recipe['factorised']
+    narrow = aoe and factorised and (recipe.get('d_judge') or math.inf) < recipe['d_low']
+    parts = {'_whole': aoe and not factorised, ' narrow': narrow, ' factorised': moe and factorised,
+             ' large': moe and recipe['router'] == 'large',
+             ' wide': moe and recipe.get('router_std', 0.02) > 0.02}
+    return recipe['mlp'] + ''.join(part for part, there in parts.items() if there)
+
+
+def differences(runs, base='moe', loss='lowest_val_loss'):
+    """Run -> its Difference from the run of the variant `base` that had the same tokens, is equally
+    far, was evaluated in the same windows, and has seeds in common. Among several it is the one
+    that differs least. A run without such a base, and one that has diverged, is left out."""
+    found = {}
+    for name, seeds in runs.items():
+        candidates = []
+        for other, others in runs.items():
+            common = sorted(seeds.keys() & others.keys())
+            if variant_of(others) != base or variant_of(seeds) == base or not common:
+                continue
+            one, its = seeds[common[0]], others[common[0]]         # all seeds have one recipe
+            recipes = one['recipe'], its['recipe']
+            # a key that one of the two is too old to have is not told
+            differ = {key for key in recipes[0].keys() & recipes[1].keys() - OF_VARIANT
+                      if recipes[0][key] != recipes[1][key]}
+            if (differ & AGREE or one['tokens'] != its['tokens'] or one['iter'] != its['iter']
+                    or 'diverged' in one or 'diverged' in its):
+                continue
+            minus = {seed: seeds[seed][loss] - others[seed][loss] for seed in common}
+            base_loss = statistics.mean(others[seed][loss] for seed in common)
+            candidates.append(Difference(other, differ, minus, base_loss))
+        if candidates:
+            found[name] = min(candidates, key=lambda difference: len(difference.differ))
+    return found
+
+
+def t_95(n):
+    """Half a 95 % interval of the mean of n values, in standard errors, by Student's t with n - 1
+    degrees of freedom. With t = sqrt(n - 1) tan(a) its density becomes cos(a)^(n - 2)."""
+    angle = np.linspace(0, math.pi / 2, 100_001)
+    density = np.cos(angle) ** (n - 2)
+    within = np.append(0, np.cumsum(density[1:] + density[:-1]))   # up to a factor
+    return math.sqrt(n - 1) * math.tan(np.interp(0.95 * within[-1], within, angle))
+
+
+def half_interval(values):
+    """Half a 95 % interval of the mean of values; infinite for a single one."""
+    if len(values) < 2:
+        return math.inf
+    return t_95(len(values)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def difference_as_text(difference):
+    """'-0.0123 ± 0.0045', bold where the interval excludes 0; the mean alone for one seed."""
+    values = list(difference.minus.values())
+    mean, half = statistics.mean(values), half_interval(values)
+    text = f'{mean:+.4f}' + (f' ± {half:.4f}' if half < math.inf else '')
+    return f'**{text}**' if abs(mean) > half else text
+
+
+def notes_of(found):
+    """What is to be said below a table of Differences: what else differs between the two, a line
+    for each set of keys."""
+    runs_of = {}                                                   # note -> runs
+    for name, difference in found.items():
+        if difference.differ:
+            note = f'{difference.base} differs in {", ".join(sorted(difference.differ))}, too'
+            runs_of.setdefault(note, []).append(name)
+    return [f'{", ".join(names)}: {note}' for note, names in runs_of.items()]
+
+
+# the table
+
+def losses_of(seeds, key='lowest_val_loss'):
+    return [result[key] for result in seeds.values()]
+
+
+def mean_and_spread(values):
+    """As text: the mean, and the standard deviation where there are several."""
+    spread = f' ± {statistics.stdev(values):.4f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.4f}{spread}'
+
+
+def print_rows(rows):
+    """Print rows of strings as a table, in the form of Markdown: numbers flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = [rows[0], ['-' * width for width in widths], *rows[1:]]
+    for first, *others in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:]))]
+        print('| ' + ' | '.join(cells) + ' |')
+
+
+def print_table(results, out_dir):
+    """The runs of out_dir side by side. Where they have several seeds: mean and standard deviation,
+    and the difference from moe, seed by seed, with what else differs between the two."""
+    runs = group(results)
+    several = any(len(seeds) > 1 for seeds in runs.values())
+    found = differences(runs) if several else {}
+    table = [('run', 'parameters', 'val loss', *(['minus moe'] if found else []), 'Ent_load',
+              'tokens/s')]
+    for name, seeds in runs.items():
+        of_seeds = list(seeds.values())
+        loss = mean_and_spread(losses_of(seeds))
+        minus = difference_as_text(found[name]) if name in found else '-'
+        ent_load = [layer for result in of_seeds for layer in result['ent_load']]
+        speeds = [result['tokens'] / result['seconds'] for result in of_seeds if result['tokens']]
+        table.append((name, f'{of_seeds[0]["total_parameters"]:,}',
+                      'diverged' if 'diverged' in of_seeds[0] else loss,
+                      *([minus] if found else []),
+                      f'{statistics.mean(ent_load):.3f}' if ent_load else '-',
+                      f'{statistics.median(speeds):,.0f}' if speeds else '-'))
+    print()
+    print_rows(table)
+    print(f'\nval loss: the lowest; Ent_load: ln E where all is even; pictures in {out_dir}')
+    if found:
+        print('minus moe: mean and 95 % interval over the seeds; **bold** if it excludes 0')
+    for note in notes_of(found):
+        print(note)
+    for name, seeds in runs.items():
+        last, lowest = (statistics.mean(losses_of(seeds, key))
+                        for key in ('val_loss', 'lowest_val_loss'))
+        if last > 1.02 * lowest:
+            print(f'{name} ended at {last:.4f}, above its lowest')
+
+
+def write_results(results, out_dir):
+    """Write results.jsonl: a line for each result; and those lines that are there already of runs
+    whose folders are gone, or hold another run now."""
+    path, lines = os.path.join(out_dir, 'results.jsonl'), []
+    if os.path.exists(path):
+        lines = [json.loads(line) for line in read_text(path).splitlines()]
+    def shape(result):
+        return result['run'], result['seed'], result['recipe']
+    present = [shape(result) for result in results]
+    lines = [line for line in lines if shape(line) not in present]
+    lines += [{key: value for key, value in result.items()
+               if key not in ('log', 'class_load', 'from')} for result in results]
+    write_text(path, as_lines(lines))
+
+
+def as_lines(entries):
+    """The text of a .jsonl."""
+    return ''.join(json.dumps(entry, allow_nan=False) + '\n' for entry in entries)
+
+
+# pictures; matplotlib is slow to import, so it is imported where a figure is made
+
+# a variant has the same colour in all pictures; these are of Okabe and Ito's palette
+COLOR_OF = {'dense': '#000000', 'moe': '#0072B2', 'aoe': '#D55E00', 'aoe_whole': '#009E73'}
+OTHER_COLORS = ['#CC79A7', '#E69F00', '#56B4E9', '#999999']
+
+
+def colors_of(names):
+    others = [name for name in names if name not in COLOR_OF]
+    return COLOR_OF | {name: OTHER_COLORS[i % 4] for i, name in enumerate(others)}
+
+
+def save_figure(figure, path):
+    """Write a PNG of at most 2,400 pixels a side."""
+    dpi = min(100, 2400 / max(figure.get_size_inches()))
+    with replacing(path) as part:
+        figure.savefig(part, format='png', dpi=dpi)
+
+
+def draw(results, out_dir, files, tell=print):
+    """Draw these files of PICTURES, of all results. What hinders is told in a line."""
+    for file in files:
+        try:
+            runs = group(results)
+            figure = PICTURES[file](runs, colors_of(runs))
+            if figure:
+                save_figure(figure, os.path.join(out_dir, file))
+        except Exception as error:       # a picture is never worth a run
+            tell(f'{file} is not drawn: {error!s:.150}')
+
+
+def draw_loss(runs, color):
+    """Validation loss over iterations, and over seconds: of each run the mean of its seeds, in a
+    band of them all. The legend has the lowest last."""
+    from matplotlib.figure import Figure
+    figure, shown = Figure(figsize=(12, 5), layout='constrained'), []
+    panels = figure.subplots(1, 2, sharey=True)
+    ordered = sorted(runs, key=lambda name: -statistics.mean(losses_of(runs[name], 'val_loss')))
+    for name in ordered:
+        logs = [{entry['iter']: entry for entry in result['log']} for result in runs[name].values()]
+        iterations = sorted(set.intersection(*map(set, logs)))     # where all seeds were evaluated
+        losses = np.array([[log[n]['val_loss'] for log in logs] for n in iterations])
+        seconds = np.array([[log[n]['seconds'] for log in logs] for n in iterations])
+        label = f'{name} {statistics.mean(losses_of(runs[name])):.4f}'
+        label += f', {len(logs)} seeds' if len(logs) > 1 else ''
+        for axes, x in zip(panels, (iterations, seconds.mean(1))):
+            axes.plot(x, losses.mean(1), color=color[name], marker='.', label=label,
+                      linestyle='-' if name in COLOR_OF else '--')
+            axes.fill_between(x, losses.min(1), losses.max(1), color=color[name], alpha=0.2)
+            axes.grid(alpha=0.3)
+        shown += losses[1:].flatten().tolist() or losses.flatten().tolist()
+    # the first evaluation, before any training, may lie outside
+    panels[0].set(title='same tokens', xlabel='iteration', ylabel='validation loss (nats per '
+                  'token)', ylim=(min(shown) - 0.05, max(shown) + 0.05))
+    panels[1].set(title='same seconds (of runs that share a machine)',
+                  xlabel='seconds of training')
+    panels[0].legend(title='lowest loss')
+    return figure
+
+
+def draw_panels(runs, key, label, draw_panel):
+    """A row for each run that has logged `key` (its first seed), in it a panel for each layer, by
+    draw_panel(axes, name, log, layer). None where no run has."""
+    from matplotlib.figure import Figure
+    logs = {name: next(iter(seeds.values()))['log'] for name, seeds in runs.items()}
+    logs = {name: log for name, log in logs.items() if any(log[-1][key])}
+    if not logs:
+        return None
+    n_layer = max(len(log[-1][key]) for log in logs.values())
+    figure = Figure(figsize=(1.6 + 2.4 * n_layer, 0.9 + 1.3 * len(logs)), layout='constrained')
+    panels = figure.subplots(len(logs), n_layer, squeeze=False, sharex=True, sharey=True)
+    for row, (name, log) in zip(panels, logs.items()):
+        for layer, axes in enumerate(row):
+            if layer < len(log[-1][key]):
+                axes.set_title(f'{name}, layer {layer + 1}', fontsize=9)
+                draw_panel(axes, name, log, layer)
+            else:
+                axes.set_visible(False)                            # this model has fewer layers
+    figure.supxlabel(label, fontsize=9)
+    return figure
+
+
+def draw_load(runs, color):
+    """Figure 3 of the paper: the load of each expert, against 1/E."""
+    def panel(axes, name, log, layer):
+        last = log[-1]
+        axes.bar(range(len(last['load'][layer])), last['load'][layer], color=color[name])
+        axes.axhline(1 / len(last['load'][layer]), color='black', linestyle='--', linewidth=1)
+        axes.set_title(f'{name}, layer {layer + 1}\nEnt_load {last["ent_load"][layer]:.2f}, '
+                       f'Ent_conf {last["ent_conf"][layer]:.2f}', fontsize=9)
+    return draw_panels(runs, 'load', 'expert; dashed: 1/E', panel)
+
+
+def draw_norm(runs, color):
+    """Figure 4 of the paper: the mean activation norm of every expert over training."""
+    def panel(axes, name, log, layer):
+        axes.plot([entry['iter'] for entry in log], [entry['norm'][layer] for entry in log],
+                  color=color[name], alpha=0.7)
+    return draw_panels(runs, 'norm', 'iteration; a line: the mean norm of an expert', panel)
+
+
+def draw_class(runs, color):
+    """Who takes what: the share of each class of characters that each expert handled."""
+    def panel(axes, name, log, layer):
+        axes.set_yticks(range(len(CLASSES)), CLASSES, fontsize=8)
+        image = axes.imshow(log[-1]['class_load'][layer], cmap='cividis', vmin=0, vmax=1,
+                            aspect='auto')
+        if layer == len(log[-1]['class_load']) - 1:
+            axes.figure.colorbar(image, ax=axes)
+    return draw_panels(runs, 'class_load', 'expert; how much of a class of characters it handles',
+                       panel)
+
+
+PICTURES = {'loss.png': draw_loss, 'expert_load.png': draw_load, 'norm.png': draw_norm,
+            'expert_class.png': draw_class}
+
+
+# -----------------------------------------------------------------------------
+# Part 4: main, and the page for a browser
+
+def main(arguments):
+    given, folders = parse(SampleConfig, arguments, __doc__)
+    config = SampleConfig(**given)
+    if len(folders) != 1:
+        raise UserError('expected the folder of a run, as out/default/aoe, or of several, as '
+                        f'out/default, got {len(folders)}')
+    if os.path.exists(os.path.join(folders[0], 'best.pt')):
+        write_samples(folders[0], config)
+    else:
+        show_results(folders[0])
+
+
+def show_results(out_dir):
+    """Draw and print what the runs in out_dir have come to."""
+    results = read_results(out_dir)
+    draw(results, out_dir, PICTURES)
+    print_table(results, out_dir)
+    write_results(results, out_dir)
+
+
+def write_samples(folder, config):
+    """Print texts that the model of the run in folder writes; maybe coloured by their experts."""
+    device = choose_device(config.device)
+    model, meta, dtype = load_model(folder, device)
+    tokenizer = tokenizer_from(meta, config.data_dir)
+    mlp, n_layer = model.config.mlp, model.config.n_layer
+    if config.show_experts and (mlp == 'dense' or config.layer > n_layer):
+        raise UserError('show_experts: expected a model with experts and a --layer of at most '
+                        f'{n_layer}, got {mlp} and {config.layer}')
+    prompt = torch.tensor([tokenizer.encode(config.prompt)], device=device)    # (1, S)
+    for i in range(config.num_samples):
+        if i > 0:
+            print('-' * 80)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            tokens = model.generate(prompt, config.max_new_tokens, config.temperature,
+                                    config.vocab_top_k, tokenizer.vocab_size, config.seed + i)[0]
+            if not config.show_experts:
+                print(tokenizer.decode(tokens.tolist()))
+                continue
+            scores, weights = watch_experts(model, tokens)
+        texts = [tokenizer.decode([token]) for token in tokens.tolist()]
+        print(color_text(texts, weights[config.layer - 1].argmax(-1).tolist()))
+        # best.pt is of the evaluation with the lowest loss
+        best = min(reversed(read_log(folder)), key=lambda evaluation: evaluation['val_loss'])
+        path = os.path.join(folder, 'experts.html')                # a page of the last text
+        write_text(path, experts_page(texts, scores, weights, config.layer,
+                                      stand_outs(best)))
+        print(f'\nto open in a browser: {path}')
+
+
+def experts_page(texts, scores, weights, layer, notes):
     """A page of HTML that needs nothing else: which experts took the texts of tokens. It opens with
-    layer, from 1; notes are those of stand_outs. Texts are escaped, so no < is in the data."""
-    scores, weights = (part.cpu().double().round(decimals=3)
-                       for part in (routing.scores, routing.weights))
-    k = config.top_k if config.select == 'top_k' else 'some'
+    layer, from 1; notes are those of stand_outs."""
+    scores, weights = (part.cpu().double().round(decimals=4) for part in (scores, weights))
     return PAGE.replace('DATA', json.dumps({
-        'about': f'{escape(name)} gives each token to {k} of {config.n_expert} experts.',
-        'layer': layer - 1, 'notes': notes, 'palette': PALETTE,
+        # escaped, so that no text of a token can end the script that this is part of
         'texts': [escape(text).replace('\n', f'{LINE_END}\n') for text in texts],
-        'chosen': routing.chosen.tolist(), 'weights': weights.tolist(), 'scores': scores.tolist(),
-        'score': 'norm' if config.mlp == 'aoe' else 'score',
-        'low': min(0, scores.min().item()), 'high': max(0, scores.max().item())}))
+        'scores': scores.tolist(), 'weights': weights.tolist(), 'layer': layer - 1, 'notes': notes,
+        'low': min(0, scores.min().item()), 'high': max(0, scores.max().item()),
+        'palette': PALETTE}))
 
 
 PAGE = r"""<!doctype html>
@@ -142,60 +611,50 @@ PAGE = r"""<!doctype html>
 <style>
   :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
   body { max-width: 58em; margin: auto; padding: 1em }
-  h1 { font-size: 1.5em; margin: 0 }
-  main { display: grid; grid-template-columns: 1fr 19em; gap: 1.5em; align-items: start }
-  pre { font: 15px/1.6 monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
-  button { font: inherit; min-width: 2em; padding: 0 0.4em; border: 0; cursor: pointer }
+  main { display: flex; flex-wrap: wrap; gap: 1.5em; align-items: start }
+  pre { flex: 1 1 20em; font: 15px/1.6 monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+        margin: 0 }
+  table { flex: 0 1 19em; position: sticky; top: 0; border-spacing: 0.5em 0 }
+  td:nth-child(2) { width: 100% } td div { height: 1em; background: gray }
+  button { font: inherit; min-width: 2em; border: 0; cursor: pointer }
   .on { outline: 2px solid CanvasText; position: relative; z-index: 1 }
-  aside { position: sticky; top: 0; bottom: 0; max-height: 100vh; overflow: auto;
-          padding: 2px; background: Canvas }
-  aside div { display: grid; grid-template-columns: 3em 1fr 3.5em 4em; align-items: center }
-  aside i { height: 1em; background: gray }
-  @media (max-width: 45em) {
-    :root { font-size: 14px } main { display: block }
-    aside { max-height: 50vh; border-top: 1px solid } }
 </style>
-<h1>Which expert took which token?</h1>
-<p><span id="about"></span> Its colour is that of the first, which has the largest weight. Point at
-a token for its scores; press an expert for its tokens.</p>
-<p>layer <span id="layers"></span></p>
-<p>expert <span id="legend"></span> &nbsp;&para;&nbsp;line&nbsp;end</p>
-<p id="notes"></p>
-<main><pre id="text"></pre><aside id="token"></aside></main>
+<h2>Which expert took which token?</h2>
+<p>A token's colour is that of its first expert, which has the largest weight. Point at a token for
+its scores; press an expert for its tokens.</p>
+<p>layer <span id="layers"></span> &emsp; expert <span id="experts"></span>
+&emsp; &para;&nbsp;line&nbsp;end</p>
+<p>What stands out in the whole validation text: <span id="notes"></span></p>
+<main><pre id="text"></pre><table id="bars"></table></main>
 <script>
 const data = DATA
 let layer = data.layer, token = 0, only = null   // only: the expert whose tokens alone are coloured
-
 const put = (id, parts) => document.getElementById(id).innerHTML = parts.join('')
 const color = i => `color: black; background: ${data.palette[i % 8]}`
-const expert = i => `<button style="${color(i)}" class="${i === only ? 'on' : ''}"
-  onclick="only = ${i === only ? null : i}; drawLayer()">${i}</button>`
+const button = (text, on, click, style) => `<button class="${on ? 'on' : ''}" style="${style}"
+  onclick="${click}; drawLayer()">${text}</button>`
+const expert = i => button(i, i === only, `only = ${i === only ? null : i}`, color(i))
 
 function drawLayer() {
-  put('about', [data.about])
-  put('layers', data.scores.map((_, l) => `<button class="${l === layer ? 'on' : ''}"
-    onclick="layer = ${l}; drawLayer()">${l + 1}</button>`))
-  put('legend', data.scores[0][0].map((_, i) => expert(i)))
-  const notes = (data.notes[layer] ?? []).map(([i, s]) => `<br>expert ${expert(i)} takes ${s}`)
-  put('notes', notes.length ? ['Of the whole validation text', ...notes] : [])
+  put('layers', data.scores.map((_, l) => button(l + 1, l === layer, `layer = ${l}`, '')))
+  put('experts', data.scores[0][0].map((_, i) => expert(i)))
+  const notes = data.notes[layer].map(([i, text]) => `<br>expert ${expert(i)} takes ${text}`)
+  put('notes', notes.length ? notes : ['nothing'])
   put('text', data.texts.map((text, t) => {
-    const chosen = data.chosen[layer][t], shown = only === null || chosen.includes(only)
-    return `<span style="${shown ? color(only ?? chosen[0]) : ''}"
+    const weights = data.weights[layer][t], first = weights.indexOf(Math.max(...weights))
+    return `<span style="${only === null ? color(first) : weights[only] ? color(only) : ''}"
       onpointerover="token = ${t}; drawToken()">${text}</span>`
   }))
   drawToken()
 }
 
 function drawToken() {
-  const head = `<div><b>"${data.texts[token]}"</b><b></b><b>${data.score}</b><b>weight</b></div>`
   const percent = 100 / (data.high - data.low)
-  put('token', [head, ...data.scores[layer][token].map((score, i) => {
-    const place = data.chosen[layer][token].indexOf(i)             // -1: not chosen
-    const weight = data.weights[layer][token][place]
-    return `<div><span>${expert(i)}</span><i style="${place < 0 ? '' : color(i)};
-      margin-left: ${percent * (Math.min(0, score) - data.low)}%;
-      width: ${percent * Math.abs(score)}%"></i> <span>${score.toFixed(2)}</span>
-      <b>${place < 0 ? '' : weight.toFixed(2)}</b></div>`
+  const head = `<tr><th>"${data.texts[token]}"<th><th>score<th>weight`
+  put('bars', [head, ...data.scores[layer][token].map((score, i) => {
+    const weight = data.weights[layer][token][i], told = weight ? weight.toFixed(2) : ''
+    return `<tr><td>${expert(i)}<td><div style="width: ${percent * (score - data.low)}%;
+      ${weight ? color(i) : ''}"></div><td>${score.toFixed(2)}<td><b>${told}</b>`
   })])
   document.querySelector('pre .on')?.classList.remove('on')
   document.getElementById('text').children[token].classList.add('on')
@@ -203,51 +662,6 @@ function drawToken() {
 drawLayer()
 </script>
 """
-
-
-# -----------------------------------------------------------------------------
-
-def main(arguments):
-    values, folders = parse(SampleConfig, arguments, __doc__)
-    c = SampleConfig(**values)
-    if len(folders) != 1:
-        raise UserError('expected the folder of one run, such as out/quick_start/aoe, got '
-                        f'{len(folders)}')
-    folder, device = folders[0], choose_device(c.device)
-    model, meta, dtype = load_model(folder, device)
-    mlp, n_layer = model.config.mlp, model.config.n_layer
-    if c.show_experts and (mlp == 'dense' or c.layer > n_layer):
-        raise UserError('show_experts: expected a model with experts and a --layer of at most '
-                        f'{n_layer}, got {mlp} and {c.layer}')
-    if model.config.select == 'expert_choice':
-        print('expert_choice needs the tokens to come: experts are chosen by top_k here',
-              file=sys.stderr)
-        model.config.select = 'top_k'                              # of all layers: they share it
-    tokenizer = tokenizer_from(meta, c.data_dir)
-    prompt = torch.tensor([tokenizer.encode(c.prompt)], device=device)         # (1, S)
-    terminal = sys.stdout.isatty()
-    as_text = color_text if terminal and not os.environ.get('NO_COLOR') else number_text
-
-    for i in range(c.num_samples):
-        if i > 0:
-            print('-' * 80)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            tokens = model.generate(prompt, c.max_new_tokens, c.temperature, c.vocab_top_k,
-                                    tokenizer.vocab_size, c.seed + i)[0]
-            routing = watch_experts(model, tokens) if c.show_experts else None
-        if c.show_experts:
-            texts = [without_controls(tokenizer.decode([token])) for token in tokens.tolist()]
-            print(as_text(texts, routing.chosen[c.layer - 1, :, 0].tolist()))
-        else:
-            text = tokenizer.decode(tokens.tolist())
-            print(without_controls(text) if terminal else text)
-    if c.show_experts:                   # a page of the last text
-        log = read_log(os.path.join(folder, 'log.jsonl'))
-        best = min(reversed(log), key=lambda entry: entry['val_loss'], default=None)
-        notes = stand_outs(best) if best else []                   # best.pt is of this evaluation
-        path = os.path.join(folder, 'experts.html')
-        write_text(path, experts_page(folder, texts, routing, model.config, c.layer, notes))
-        print(f'\nto open in a browser: {path}')
 
 
 if __name__ == '__main__':

@@ -13,12 +13,12 @@ import torch
 import configurator
 import prepare_data
 import train
+from sample import read_log
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SMALL = ['--n_layer=2', '--n_embd=32', '--n_head=2', '--d_ffn=48', '--n_expert=4',
-         '--block_size=16', '--batch_size=8', '--max_iters=20', '--eval_interval=10',
-         '--eval_iters=2', '--warmup_iters=5', '--dataset=code', '--dtype=float32', '--threads=1',
-         '--jobs=1']
+SMALL = ['--n_layer=2', '--n_embd=32', '--n_head=2', '--d_ffn=48', '--n_expert=4', '--dataset=code',
+         '--block_size=16', '--batch_size=8', '--max_iters=20', '--eval_interval=10', '--jobs=1',
+         '--eval_iters=2', '--warmup_iters=5', '--dtype=float32', '--threads=1']
 torch.set_num_threads(1)                 # for matmuls as small as the tests' more are slower
 
 
@@ -28,54 +28,49 @@ def pytest_configure(config):
     config.option.markexpr = config.option.markexpr or 'not slow'
 
 
-def start_script(script, *arguments, cwd, processes=1, torchrun=False, **more):
-    """Start a script as a user does, with several processes through torchrun. Returns what runs,
-    its output as text."""
-    command = [sys.executable]
-    if processes > 1 or torchrun:
-        command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
-    environment = os.environ | {'MPLBACKEND': 'Agg', 'COLUMNS': '80', 'PYTHONIOENCODING': 'utf-8'}
-    return subprocess.Popen([*command, os.path.join(ROOT, script), *arguments], cwd=cwd,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8',
-                            env=environment, start_new_session=True, **more)
+def start_script(script, *arguments, processes=1, torchrun=False, **more):
+    """Start a script as a user does, several processes through torchrun. Its output is text."""
+    words = [os.path.join(ROOT, script), *arguments]
+    if torchrun or processes > 1:
+        words[:0] = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    return subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, encoding='utf-8', start_new_session=True,
+                            env=os.environ | {'COLUMNS': '80', 'PYTHONIOENCODING': 'utf-8'}, **more)
 
 
 def run_script(script, *arguments, check=True, **more):
     """The same until it has ended."""
     process = start_script(script, *arguments, **more)
     out, err = process.communicate()
-    if check:
-        assert process.returncode == 0, err
+    assert process.returncode == 0 or not check, err
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 def run_here(main, *arguments, cwd='.', check=True):
     """The same in this process, a script's main, which saves the seconds of importing PyTorch."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding='utf-8') for _ in range(2))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch:
+    handlers = {number: signal.getsignal(number) for number in train.SIGNALS}
+    train.checked_meta.cache_clear()     # a test may have written other data to that folder
+    status = 0
+    with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out),
+          contextlib.redirect_stderr(err)):
         patch.chdir(cwd)
         patch.setattr(sys, 'argv', ['script', *arguments])
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = None
-            try:
-                configurator.run(main)
-            except SystemExit as exit:
-                status = exit.code
+        try:
+            configurator.run(main)
+        except SystemExit as exit:
+            status = exit.code
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    for stream in (out, err):
-        stream.seek(0)
-    process = subprocess.CompletedProcess(arguments, int(status or 0), out.read(), err.read())
-    if check:
-        assert process.returncode == 0, process.stderr
-    return process
+    out, err = (stream.seek(0) or stream.read() for stream in (out, err))
+    assert status == 0 or not check, err
+    return subprocess.CompletedProcess(arguments, status, out, err)
 
 
 def table_of(printed):
     """The rows of a Markdown table in what a script printed: first cell -> the others."""
-    rows = [[cell.strip() for cell in line.strip('|').split('|')]
-            for line in printed.splitlines() if line.startswith('| ')]
+    rows = ([cell.strip() for cell in line.strip('|').split('|')]
+            for line in printed.splitlines() if line.startswith('| '))
     return {first: others for first, *others in rows if set(first) != {'-'}}
 
 
@@ -97,14 +92,13 @@ def workspace(tmp_path_factory, code_text):
 
 @pytest.fixture
 def train_here(workspace, monkeypatch):
-    """train_here(*arguments) runs train.py in this process, in the workspace, without drawing.
+    """train_here(*arguments) runs train.py in this process, in the workspace, without pictures.
     Returns the run's log, but for its times."""
     def call(*arguments):
         run_here(train.main, *SMALL, *arguments)
-        out_dir, mlp = (next(a.partition('=')[2] for a in arguments if a.startswith(key))
-                        for key in ('--out_dir', '--mlp'))
-        return [{key: value for key, value in entry.items() if key != 'seconds'}
-                for entry in train.read_log(f'{out_dir}/{mlp}/log.jsonl')]
+        given = dict(argument.split('=', 1) for argument in arguments)
+        log = read_log(f'{given["--out_dir"]}/{given["--mlp"]}')
+        return [{key: entry[key] for key in entry if key != 'seconds'} for entry in log]
     monkeypatch.chdir(workspace)
     monkeypatch.setattr(train, 'draw', lambda *arguments: None)
     return call
@@ -115,8 +109,7 @@ def refuse():
     """refuse(main, *arguments) -> the one line that a script ends with; its status must be 2."""
     def call(main, *arguments):
         process = run_here(main, *arguments, check=False)
-        lines = process.stderr.splitlines()
-        assert process.returncode == 2 and len(lines) == 1, process.stderr
-        assert lines[0].startswith('error: ')
-        return lines[0]
+        line, *others = process.stderr.splitlines() or ['']
+        assert line.startswith('error: ') and not others and process.returncode == 2, (line, others)
+        return line
     return call

@@ -1,19 +1,17 @@
-"""A run that can be trusted: the same from the same seed, exact after a stop, whole after a kill,
+"""A run that can be trusted: the same from the same seed, exact after a stop, never written over,
 averaged with its like alone, and it says what broke."""
 
-import contextlib
 import functools
 import json
 import math
 import os
 import pathlib
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,15 +22,13 @@ import sample
 import train
 from configurator import UserError
 from conftest import ROOT, SMALL, run_here, run_script, start_script, table_of
-from train import Stop, group, load_checkpoint, read_log, read_results
+from sample import as_lines, group, load_checkpoint, read_log, read_results
 
-FILES = ['.lock', 'best.pt', 'ckpt.pt', 'config.json', 'log.jsonl']
-RULES = {'top_k': [], 'top_p': ['--select=top_p', '--conf_weight=1e-3'],
-         'expert_choice': ['--select=expert_choice']}
+FILES = ['best.pt', 'ckpt.pt', 'config.json', 'log.jsonl']
 
 
-def weights(path):
-    return load_checkpoint(path, 'cpu')['model']
+def weights(folder):
+    return load_checkpoint(f'{folder}/ckpt.pt', 'cpu')['model']
 
 
 def equal(a, b):
@@ -65,21 +61,20 @@ def at_the_step_of(monkeypatch, iterations, act):
 # -----------------------------------------------------------------------------
 # the same, and whole
 
-@pytest.mark.parametrize('mlp, rule', (
-    ('dense', 'top_k'), *((mlp, rule) for mlp in ('moe', 'aoe') for rule in RULES)))
-def test_stopping_and_evaluating_change_nothing(train_here, mlp, rule):
-    more = [f'--mlp={mlp}', *RULES[rule], '--aux_weight=0.01', '--dropout=0.1',
-            '--gradient_accumulation_steps=2', '--lr_decay_iters=20']
-    halves = f'out/halves-{mlp}-{rule}'
-    whole = train_here(*more, f'--out_dir={halves}-whole', '--eval_interval=5')
-    first = train_here(*more, f'--out_dir={halves}', '--max_iters=10')
-    both = train_here(*more, f'--out_dir={halves}', '--init_from=resume')
+@pytest.mark.parametrize('mlp, more', (
+    ('dense', []), ('moe', []), ('aoe', []), ('aoe', ['--factorised=False', '--select=top_p']),
+    ('moe', ['--select=expert_choice', '--conf_weight=1e-3'])))
+def test_stopping_and_evaluating_change_nothing(train_here, mlp, more):
+    out = f'out/halves-{mlp}{len(more)}'
+    more = [f'--mlp={mlp}', *more, '--aux_weight=0.01', '--dropout=0.1', '--lr_decay_iters=20',
+            '--gradient_accumulation_steps=2']
+    whole = train_here(*more, f'--out_dir={out}-whole', '--eval_interval=5')
+    first = train_here(*more, f'--out_dir={out}', '--max_iters=10')
+    assert read_log(f'{out}/{mlp}')[-1]['tokens'] == 10 * 2 * 8 * 16
+    both = train_here(*more, f'--out_dir={out}', '--init_from=resume')
     assert [entry['iter'] for entry in whole] == [0, 5, 10, 15, 20]
-    assert first == both[:2] and losses(both) == losses(whole)[::2]
-    assert both[-1] == whole[-1]
-    assert equal(weights(f'{halves}/{mlp}/ckpt.pt'), weights(f'{halves}-whole/{mlp}/ckpt.pt'))
-    tokens = [entry['tokens'] for entry in read_log(f'{halves}/{mlp}/log.jsonl')]
-    assert tokens == [0, 10 * 2 * 8 * 16, 20 * 2 * 8 * 16]
+    assert first == both[:2] and losses(both) == losses(whole)[::2] and both[-1] == whole[-1]
+    assert equal(weights(f'{out}/{mlp}'), weights(f'{out}-whole/{mlp}'))
 
 
 def test_the_seed_decides_and_what_saves_memory_does_not(train_here):
@@ -92,27 +87,26 @@ def test_the_seed_decides_and_what_saves_memory_does_not(train_here):
 
 @pytest.mark.parametrize('mlp', ('aoe', 'moe', 'dense'))
 def test_two_hundred_iterations_teach_something(train_here, mlp):
-    """From 4.6 nats a character, ln of the vocabulary, to 2.76 to 2.78 with three seeds."""
+    """From 4.5 nats a character, ln of the vocabulary, to 2.9; by their frequency alone: 3.4."""
     log = train_here(f'--mlp={mlp}', f'--out_dir=out/taught-{mlp}', '--max_iters=200',
                      '--eval_interval=200', '--eval_iters=20')
-    assert log[0]['val_loss'] > 4 and log[1]['val_loss'] < 2.9
+    assert log[0]['val_loss'] > 4 and log[1]['val_loss'] < 3.1
 
 
 def test_a_stop_before_the_first_evaluation_loses_nothing(train_here):
-    stop = Stop()
-    stop.set()
     arguments = ['--mlp=moe', '--out_dir=out/at_once']
-    values, _ = configurator.parse(train.TrainConfig, [*SMALL, *arguments], '')
-    train.train(train.plan_runs({}, values)[0], stop)
-    other = run_here(train.main, *SMALL, '--mlp=dense', '--out_dir=out/at_once')
-    assert 'left out' not in other.stdout and list(table_of(other.stdout)) == ['run', 'dense']
+    run, = train.plan_runs({}, configurator.parse(train.TrainConfig, [*SMALL, *arguments], '')[0])
+    train.settle(run, 1)
+    os.makedirs(run.folder)
+    train.train(run, SimpleNamespace(value=signal.SIGINT), train.Terminal(run))
+    assert sorted(os.listdir(run.folder)) == ['ckpt.pt', 'config.json', 'log.jsonl']
     assert [entry['iter'] for entry in train_here(*arguments, '--init_from=resume')] == [0, 10, 20]
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(train_here, monkeypatch):
-    train_here('--mlp=moe', '--out_dir=out/full', '--max_iters=10', '--lr_decay_iters=20')
-    before = weights('out/full/moe/ckpt.pt')
-    write = torch.save
+def test_a_full_disk_leaves_the_last_checkpoint_whole(train_here, monkeypatch, refuse):
+    more = ['--mlp=moe', '--out_dir=out/full', '--lr_decay_iters=20']
+    train_here(*more, '--max_iters=10')
+    before, write = weights('out/full/moe'), torch.save
 
     def half(content, path):
         write(content, path)
@@ -120,62 +114,13 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(train_here, monkeypatch):
         raise OSError(28, 'No space left on device')
     with monkeypatch.context() as patch:
         patch.setattr(torch, 'save', half)
-        process = run_here(train.main, *SMALL, '--mlp=moe', '--out_dir=out/full',
-                           '--init_from=resume', check=False)
-    assert process.returncode == 2 and process.stderr.count('\n') == 1
-    assert process.stderr.startswith('error: out/full/moe/ckpt.pt: expected to write it')
-    assert equal(weights('out/full/moe/ckpt.pt'), before)
-    assert sorted(os.listdir('out/full/moe')) == FILES
-    log = train_here('--mlp=moe', '--out_dir=out/full', '--init_from=resume')
+        line = refuse(train.main, *SMALL, *more, '--init_from=resume')
+    assert line.startswith('error: out/full/moe/ckpt.pt: expected to write it')
+    assert equal(weights('out/full/moe'), before) and sorted(os.listdir('out/full/moe')) == FILES
+    pathlib.Path('out/full/moe/ckpt.pt.12.part').write_bytes(b'half')      # left by a kill -9
+    log = train_here(*more, '--init_from=resume')
     assert [entry['iter'] for entry in log] == [0, 10, 20]
-
-
-def test_a_run_without_its_checkpoint_is_never_written_over(train_here, refuse):
-    train_here('--mlp=dense', '--out_dir=out/lost')
-    os.remove('out/lost/dense/ckpt.pt')
-    before = snapshot('out/lost/dense')
-    for init_from in ('scratch', 'auto', 'resume'):
-        line = refuse(train.main, *SMALL, '--mlp=dense', '--out_dir=out/lost',
-                      f'--init_from={init_from}')
-        assert 'out/lost/dense: expected ' in line and '--name=' in line
-    assert snapshot('out/lost/dense') == before
-
-
-def test_two_processes_never_train_one_run_and_each_goes_on_with_the_next(train_here):
-    """As if another process trained aoe, and had trained moe while this one was on its way."""
-    lock = train.make_folder(train.TrainConfig(out_dir='out/both'))
-    refuse_to_overwrite = train.refuse_to_overwrite
-
-    def and_then(runs):
-        refuse_to_overwrite(runs)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, 'refuse_to_overwrite', refuse_to_overwrite)
-            run_here(train.main, *SMALL, '--mlp=moe', '--out_dir=out/both', '--max_iters=7')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, 'refuse_to_overwrite', and_then)
-        process = run_here(train.main, *SMALL, '--mlp=aoe,moe,dense', '--out_dir=out/both')
-    assert 'out/both/aoe: another process trains it; left to that' in process.stdout
-    assert 'out/both/moe: another process has trained it; left as it is' in process.stdout
-    assert os.listdir('out/both/aoe') == ['.lock']
-    assert [entry['iter'] for entry in read_log('out/both/moe/log.jsonl')] == [0, 7]
-    assert [entry['iter'] for entry in read_log('out/both/dense/log.jsonl')] == [0, 10, 20]
-    lock.close()
-    train_here('--mlp=aoe', '--out_dir=out/both', '--max_iters=1')
-
-
-def test_what_another_process_ended_in_the_meantime_is_not_written_over(train_here, monkeypatch):
-    """After this one has looked for a checkpoint, and before it has the folder for itself."""
-    make_folder = train.make_folder
-
-    def and_before(config):
-        monkeypatch.setattr(train, 'make_folder', make_folder)
-        train_here('--mlp=moe', '--out_dir=out/meantime', '--learning_rate=1e-3')
-        return make_folder(config)
-    monkeypatch.setattr(train, 'make_folder', and_before)
-    printed = run_here(train.main, *SMALL, '--mlp=moe', '--out_dir=out/meantime').stdout
-    assert 'out/meantime/moe: another process ' in printed
-    recipe = load_checkpoint('out/meantime/moe/ckpt.pt', 'cpu')['recipe']
-    assert recipe['learning_rate'] == 1e-3
+    assert sorted(os.listdir('out/full/moe')) == FILES
 
 
 class Bomb:
@@ -185,20 +130,28 @@ class Bomb:
         return os.system, ('touch exploded',)
 
 
-def test_nothing_in_a_checkpoint_is_run(train_here, refuse):
-    train_here('--mlp=moe', '--out_dir=out/bomb', '--max_iters=1')
-    for file in ('ckpt.pt', 'best.pt'):
-        torch.save({'model': Bomb(), 'recipe': {}, 'meta': {}}, f'out/bomb/moe/{file}')
-    for line in (refuse(train.main, *SMALL, '--mlp=moe', '--out_dir=out/bomb',
-                        '--init_from=resume'), refuse(sample.main, 'out/bomb/moe')):
-        assert 'expected a checkpoint of this train.py, got a damaged or foreign file' in line
+def test_a_foreign_checkpoint_is_refused_and_nothing_in_it_is_run(train_here, refuse):
+    more = ['--mlp=moe', '--out_dir=out/bomb', '--init_from=auto', '--max_iters=20']
+    train_here(*more, '--max_iters=10', '--lr_decay_iters=20')
+    whole = torch.load('out/bomb/moe/ckpt.pt')
+    for key, value in (
+            ('model', Bomb()), ('model', {}), ('meta', 3), ('recipe', {}), ('recipe', {'mlp': 5}),
+            ('optimizer', {}), ('iter', 'x'), ('seconds', 'x'), ('log', 3), ('log', [3]),
+            ('log', [{'iter': 'x'}]), ('log', [{'iter': 0, 'val_loss': 'low'}])):
+        torch.save(whole | {key: value}, 'out/bomb/moe/ckpt.pt')
+        before = snapshot('out/bomb')
+        line = refuse(train.main, *SMALL, *more)
+        assert 'out/bomb/moe/ckpt.pt: expected ' in line and '--name=' in line, (key, value)
+        assert snapshot('out/bomb') == before
+    torch.save({'model': Bomb(), 'recipe': {}, 'meta': {}}, 'out/bomb/moe/best.pt')
+    assert 'expected a checkpoint of this train.py' in refuse(sample.main, 'out/bomb/moe')
     assert not os.path.exists('exploded')
 
 
 # -----------------------------------------------------------------------------
 # what is not finite
 
-def test_where_one_run_diverges_the_others_go_on(train_here, monkeypatch):
+def test_where_one_run_diverges_the_others_go_on_and_it_never_does(train_here, monkeypatch):
     both = [*SMALL, '--mlp=moe,dense', '--out_dir=out/broken', '--log_interval=4']
     with monkeypatch.context() as patch:
         at_the_step_of(patch, [12], lambda parameters: parameters[0].fill_(math.inf))
@@ -206,19 +159,22 @@ def test_where_one_run_diverges_the_others_go_on(train_here, monkeypatch):
     assert process.returncode == 1 and process.stderr.count('\n') == 1
     assert process.stderr.startswith('error: out/broken/moe: expected finite losses and weights, '
                                      'got others by iteration 16. ')
-    assert '--name=' in process.stderr and '--learning_rate=0.002' in process.stderr
+    assert '--name=' in process.stderr and '--learning_rate=0.002\n' in process.stderr
     assert load_checkpoint('out/broken/moe/ckpt.pt', 'cpu')['iter'] == 10
-    assert [entry['iter'] for entry in read_log('out/broken/moe/log.jsonl')] == [0, 10]
-    assert [entry['iter'] for entry in read_log('out/broken/dense/log.jsonl')] == [0, 10, 20]
-    table = table_of(process.stdout)
-    assert [row[2] for run, row in table.items() if run.startswith('moe (')] == ['diverged']
-    for path in ('out/broken', 'out/broken/results.jsonl'):        # it is told everywhere
-        found = {result['run']: result.get('diverged') for result in read_results(path)}
-        assert found == {'moe': 16, 'dense': None}
-        assert [name for name in group(read_results(path)) if 'diverged at 16' in name]
-    again = run_here(train.main, *both, '--init_from=auto')        # the cause is gone: it goes on
-    assert list(table_of(again.stdout)) == ['run', 'dense', 'moe']
-    assert 'diverged' not in again.stdout
+    assert [entry['iter'] for entry in read_log('out/broken/moe')] == [0, 10]
+    assert [entry['iter'] for entry in read_log('out/broken/dense')] == [0, 10, 20]
+    before = snapshot('out/broken')
+    for init_from in ('auto', 'resume'):                           # it isn't tried again
+        again = run_here(train.main, *both, f'--init_from={init_from}', check=False)
+        assert again.returncode == 1 and again.stderr == (
+            'error: out/broken/moe: has diverged; --name= trains anew\n')
+        assert snapshot('out/broken') == before
+    for printed in (process.stdout, again.stdout, run_here(sample.main, 'out/broken').stdout):
+        assert {name: row[1] for name, row in table_of(printed).items()} == {
+            'run': 'val loss', 'dense': f'{read_log("out/broken/dense")[-1]["val_loss"]:.4f}',
+            'moe (diverged at 16)': 'diverged'}
+    lines = map(json.loads, pathlib.Path('out/broken/results.jsonl').read_text().splitlines())
+    assert {line['run']: line.get('diverged') for line in lines} == {'moe': 16, 'dense': None}
 
 
 def test_an_evaluation_that_is_not_finite_is_no_result(train_here, monkeypatch):
@@ -236,8 +192,8 @@ def test_an_evaluation_that_is_not_finite_is_no_result(train_here, monkeypatch):
         assert process.returncode == 1 and process.stderr.count('\n') == 1
         assert f'got others by iteration {10 * at}' in process.stderr
         assert not re.search('left out|nan|not drawn', process.stdout)
-        assert len(read_log(f'out/unfit{at}/moe/log.jsonl')) == at
-    assert load_checkpoint('out/unfit1/moe/ckpt.pt', 'cpu')['iter'] == 0
+        assert os.path.exists(f'out/unfit{at}/moe/ckpt.pt') == bool(at)
+    assert [entry['iter'] for entry in read_log('out/unfit1/moe')] == [0]
 
 
 def test_weights_that_are_not_finite_are_not_saved(train_here, monkeypatch):
@@ -245,6 +201,13 @@ def test_weights_that_are_not_finite_are_not_saved(train_here, monkeypatch):
     process = run_here(train.main, *SMALL, '--mlp=dense', '--out_dir=out/not_saved', check=False)
     assert process.returncode == 1 and 'got others by iteration 10. ' in process.stderr
     assert load_checkpoint('out/not_saved/dense/ckpt.pt', 'cpu')['iter'] == 0
+
+
+def test_float16_skips_what_overflows_and_shows_it_at_the_next_evaluation(train_here):
+    """Weights stay finite there: a scaler skips the steps of gradients that are not."""
+    process = run_here(train.main, *SMALL, '--mlp=dense', '--out_dir=out/high16', '--log_interval=1',
+                       '--dtype=float16', '--learning_rate=1e6', '--grad_clip=0', check=False)
+    assert process.returncode == 1 and 'got others by iteration 10. ' in process.stderr
 
 
 # -----------------------------------------------------------------------------
@@ -257,31 +220,27 @@ def test_a_result_never_stands_under_settings_that_did_not_make_it(train_here, r
     for init in ('auto', 'resume'):
         line = refuse(train.main, *SMALL, mlp, out, f'--init_from={init}', '--learning_rate=9e-3',
                       '--batch_size=64', '--dropout=0.5', '--weight_decay=0.3', '--beta1=0.5',
-                      '--eval_interval=5')
+                      '--eval_interval=5', '--seed=7', '--n_layer=3')
         for told in ('learning_rate = 0.002 and not 0.009', 'batch_size = 8 and not 64', '--name=',
                      'dropout = 0.0 and not 0.5', 'weight_decay = 0.1 and not 0.3', 'beta1 = 0.9',
-                     'eval_interval = 10 and not 5'):
+                     'eval_interval = 10 and not 5', 'seed = 1337 and not 7', 'n_layer = 2 and'):
             assert told in line
-        assert 'seed = 1337 and not 7' in refuse(train.main, *SMALL, mlp, out, '--seed=7',
-                                                 f'--init_from={init}')
     train_here(mlp, out, '--init_from=auto')                       # nothing left to do
     assert 'max_iters: expected at least the 20 iterations' in refuse(
         train.main, *SMALL, mlp, out, '--init_from=resume', '--max_iters=5')
-    del before[pathlib.Path('out/settings/results.jsonl')]         # it is written anew
-    assert {path: content for path, content in snapshot('out/settings').items()
-            if path in before} == before
+    assert snapshot('out/settings') == before
 
 
 def test_going_on_for_longer_keeps_the_schedule_and_says_so(train_here):
-    train_here('--mlp=dense', '--out_dir=out/longer')
+    more = ['--mlp=dense', '--out_dir=out/longer']
+    train_here(*more)
     checkpoint = torch.load('out/longer/dense/ckpt.pt')
-    del checkpoint['recipe']['processor']                          # an older train.py wrote none
+    checkpoint['recipe']['processor'] = 'another'
     torch.save(checkpoint, 'out/longer/dense/ckpt.pt')
-    process = run_here(train.main, *SMALL, '--mlp=dense', '--out_dir=out/longer',
-                       '--init_from=resume', '--max_iters=30')
-    assert 'the learning rate falls to 0.0002 at iteration 20:' in process.stdout
-    assert 'now, and was unknown' in process.stdout
-    rates = [entry['lr'] for entry in read_log('out/longer/dense/log.jsonl')]
+    printed = run_here(train.main, *SMALL, *more, '--init_from=resume', '--max_iters=30').stdout
+    assert 'the learning rate falls to 0.0002 at iteration 20:' in printed
+    assert ' now, and was another' in printed
+    rates = [entry['lr'] for entry in read_log('out/longer/dense')]
     assert rates[0] < 0.002 and rates[2:] == [0.0002, 0.0002]
 
 
@@ -298,7 +257,7 @@ def texts(train_here, code_text):
 
 def test_resuming_on_another_text_of_the_same_characters_is_refused(train_here, refuse, texts):
     train_here('--mlp=dense', '--out_dir=out/text', '--max_iters=1')
-    common = [*SMALL, '--mlp=dense', '--out_dir=out/text']
+    common = [*SMALL, '--mlp=dense', '--out_dir=out/text', '--max_iters=1']
     for dataset, told in (('turned', 'sha256 = '), ('split', 'train_tokens = ')):
         line = refuse(train.main, *common, f'--dataset={dataset}', '--init_from=resume')
         assert f'expected what it was trained with, {told}' in line
@@ -307,14 +266,14 @@ def test_resuming_on_another_text_of_the_same_characters_is_refused(train_here, 
 
 
 def test_a_run_keeps_the_dtype_that_auto_has_taken(train_here, monkeypatch):
-    auto = ['--mlp=dense', '--dtype=auto']
-    monkeypatch.setattr(train, 'bfloat16_gain', lambda *shape: 2.0)
-    train_here(*auto, '--out_dir=out/kept', '--max_iters=10', '--lr_decay_iters=20')
-    monkeypatch.setattr(train, 'bfloat16_gain', lambda *shape: 0.5)
-    train_here(*auto, '--out_dir=out/kept', '--init_from=resume')
-    assert load_checkpoint('out/kept/dense/ckpt.pt', 'cpu')['recipe']['dtype'] == 'bfloat16'
-    train_here(*auto, '--out_dir=out/other_side')
-    assert load_checkpoint('out/other_side/dense/ckpt.pt', 'cpu')['recipe']['dtype'] == 'float32'
+    auto = ['--mlp=dense', '--dtype=auto', '--lr_decay_iters=20']
+    for gain, out, kept in ((2.0, 'kept', 'bfloat16'), (0.5, 'kept', 'bfloat16'),
+                            (0.5, 'other', 'float32')):
+        monkeypatch.setattr(configurator, 'bfloat16_gain', lambda *shape, gain=gain: gain)
+        log = train_here(*auto, f'--out_dir=out/{out}', '--init_from=auto',
+                         f'--max_iters={10 if gain > 1 else 20}')
+        assert load_checkpoint(f'out/{out}/dense/ckpt.pt', 'cpu')['recipe']['dtype'] == kept
+    assert log[-1]['iter'] == 20
 
 
 @pytest.mark.parametrize('key', ('model.py', 'train.py', 'processor'))
@@ -323,19 +282,19 @@ def test_other_code_and_another_processor_are_told_and_not_averaged(train_here, 
         if key == 'processor':
             monkeypatch.setattr(train, 'processor_name', lambda device: text)
         else:
-            monkeypatch.setattr(train, 'HASHES', train.HASHES | {key: text})
+            monkeypatch.setitem(train.HASHES, key, text)
 
     def rows(*arguments):
         process = run_here(train.main, *SMALL, '--mlp=dense', f'--out_dir=out/edited_{key}',
                            '--lr_decay_iters=20', *arguments)
-        return process.stdout, list(table_of(process.stdout))[1:]
+        return process.stdout, sorted(table_of(process.stdout))
     here('one')
-    rows('--seeds=1', '--max_iters=10')
+    rows('--seeds=1,2', '--max_iters=10')
     here('two')
     printed, found = rows('--seeds=1', '--init_from=resume')
-    assert f'{key} is two now, and was one' in printed and found == ['dense']
-    _, found = rows('--seeds=2')
-    assert sorted(found) == [f'dense ({key} one then two)', f'dense ({key} two)']
+    expected = [f'dense ({key} one, to 10)', f'dense ({key} two)', 'run']
+    assert f'{key} is two now, and was one' in printed and found == expected
+    assert rows('--seeds=3')[1] == expected                        # the facts of who saved last
 
 
 @pytest.mark.parametrize('other', (
@@ -349,21 +308,8 @@ def test_the_state_of_another_optimizer_is_refused(train_here, refuse, monkeypat
     before = snapshot('out/optimizer')
     monkeypatch.setattr(train, 'make_optimizer', other)
     line = refuse(train.main, *SMALL, *arguments, '--init_from=resume')
-    assert 'ckpt.pt: expected the state of the optimizer that train.py has now' in line
+    assert 'ckpt.pt: expected the optimizer of a run with these keys' in line
     assert snapshot('out/optimizer') == before
-
-
-def test_a_key_that_an_older_run_lacks_has_its_default(train_here, refuse):
-    train_here('--mlp=dense', '--out_dir=out/older', '--max_iters=10', '--lr_decay_iters=20')
-    for path in ('out/older/dense/ckpt.pt', 'out/older/dense/best.pt'):
-        checkpoint = load_checkpoint(path, 'cpu')
-        del checkpoint['recipe']['weigh_among']
-        torch.save(checkpoint, path)
-    resume = ['--mlp=dense', '--out_dir=out/older', '--lr_decay_iters=20', '--init_from=resume']
-    assert 'weigh_among = chosen and not all' in refuse(train.main, *SMALL, *resume,
-                                                        '--weigh_among=all')
-    assert [entry['iter'] for entry in train_here(*resume)] == [0, 10, 20]
-    run_here(sample.main, 'out/older/dense', '--max_new_tokens=2')
 
 
 # -----------------------------------------------------------------------------
@@ -374,8 +320,8 @@ def rows(train_here):
     """rows(out_dir, *arguments) trains there; returns the table's first column and its losses."""
     def call(out_dir, *arguments):
         table = table_of(run_here(train.main, *SMALL, '--mlp=dense', f'--out_dir={out_dir}',
-                                  *arguments).stdout)
-        return {run: others[2] for run, others in table.items() if run != 'run'}
+                                  '--max_iters=4', *arguments).stdout)
+        return {run: others[1] for run, others in table.items() if run != 'run'}
     return call
 
 
@@ -383,176 +329,137 @@ def test_only_what_is_alike_and_equally_far_is_averaged(rows, texts):
     assert list(rows('out/alike', '--seeds=1')) == ['dense']
     both = rows('out/alike', '--seeds=1,2', '--init_from=auto')
     assert list(both) == ['dense'] and '±' in both['dense']
-    for dataset, key in (('turned', 'sha256'), ('split', 'train_tokens')):
-        found = rows('out/alike', '--seeds=3', f'--dataset={dataset}')
-        assert len(found) == 2 and all(run.startswith(f'dense ({key} ') for run in found)
+    for more, one, other in ((['--dataset=turned'], 'sha256 ', 'sha256 '),
+                             (['--dataset=split'], 'train_tokens ', 'train_tokens '),
+                             (['--max_iters=2', '--lr_decay_iters=4'], 'to 2)', ''),
+                             (['--eval_interval=5'], 'eval_interval 10', 'eval_interval 5'),
+                             (['--dtype=bfloat16'], 'dtype bfloat16', 'dtype float32')):
+        found = rows('out/alike', '--seeds=3', *more)
         assert sorted('±' in loss for loss in found.values()) == [False, True]
+        assert len(found) == 2 and one in ' '.join(found) and other in ' '.join(found)
         shutil.rmtree('out/alike/dense-3')
-    rows('out/far', '--seeds=1')
-    found = rows('out/far', '--seeds=1,2', '--init_from=auto', '--max_iters=30')
-    assert sorted(found) == ['dense (lr_decay_iters 20)', 'dense (lr_decay_iters 30)']
-    rows('out/half', '--seeds=1', '--lr_decay_iters=20', '--max_iters=10')
-    found = rows('out/half', '--seeds=2', '--lr_decay_iters=20')
-    assert sorted(found) == ['dense (iter 10)', 'dense (iter 20)']
-    rows('out/often', '--seeds=1')
-    found = rows('out/often', '--seeds=2', '--eval_interval=5')
-    assert sorted(found) == ['dense (eval_interval 10)', 'dense (eval_interval 5)']
-    rows('out/dtypes', '--seeds=1')
-    found = rows('out/dtypes', '--seeds=2', '--dtype=bfloat16')
-    assert sorted(found) == ['dense (dtype bfloat16)', 'dense (dtype float32)']
-    dtypes = {result['recipe']['dtype'] for result in read_results('out/dtypes/results.jsonl')}
-    assert dtypes == {'float32', 'bfloat16'}
 
 
-def test_a_results_jsonl_says_what_the_runs_say(rows):
-    rows('out/read', '--seeds=1,2')
-    rows('out/read', '--seeds=1,2', '--name=wide', '--d_ffn=64')
-    folders, lines = group(read_results('out/read')), group(read_results('out/read/results.jsonl'))
-    assert folders.keys() == lines.keys() == {'dense', 'wide'}
-    for name, seeds in folders.items():
-        assert seeds.keys() == lines[name].keys() == {1, 2}
-        for seed, result in seeds.items():
-            assert {**result, 'log': None, 'class_load': None, 'name': None} == {
-                'log': None, 'class_load': None, 'name': None} | lines[name][seed]
-
-
-def result(run='moe', seed=1, iter=20, diverged=None, **recipe):
-    return {'run': run, 'seed': seed, 'iter': iter, 'recipe': {'mlp': 'moe', 'seed': seed} | recipe
-            } | ({'diverged': diverged} if diverged else {})
-
-
-def names_and_seeds(*results):
-    return {name: list(seeds) for name, seeds in group(results).items()}
-
-
-def test_a_label_says_what_differs_and_no_result_is_lost():
-    assert names_and_seeds(result(), result(seed=2), result('aoe')) == {'moe': [1, 2], 'aoe': [1]}
-    assert names_and_seeds(result(top_k=2), result(seed=2, top_k=1), result('aoe', top_k=4)) == {
-        'moe (top_k 2)': [1], 'moe (top_k 1)': [2], 'aoe': [1]}
-    assert names_and_seeds(result(a=1, b=2), result(a=1, b=3), result(a=2, b=2)) == {
-        'moe (a 1, b 2)': [1], 'moe (a 1, b 3)': [1], 'moe (a 2, b 2)': [1]}
-    assert names_and_seeds(result(), result(seed=2, iter=30)) == {
-        'moe (iter 20)': [1], 'moe (iter 30)': [2]}
-    assert names_and_seeds(result(), result(seed=2, diverged=7)).keys() == {
-        'moe', 'moe (diverged at 7)'}
-    assert names_and_seeds(result(diverged=7)) == {'moe (diverged at 7)': [1]}
-    for many in ((result(a=0.0), result(seed=2, a=-0.0)),          # equal, but not as text
-                 (result(a=None), result(seed=2)),                 # of before the key was there
-                 (result(top_k=2), result(seed=2, top_k=1),
-                  result('moe (top_k 1)', seed=3, top_k=1))):
-        assert sorted(seed for seeds in group(many).values() for seed in seeds) == [
-            one['seed'] for one in many]
-    with pytest.raises(UserError, match="each run once, got 'moe', seed 1, again"):
-        group([result(), result()])
-
-
-def test_a_run_in_two_folders_counts_once(rows):
+def test_a_run_in_two_folders_counts_once_and_different_results_of_one_are_an_error(rows, refuse):
     assert list(rows('out/twice', '--seed=1')) == ['dense']
     both = rows('out/twice', '--seeds=1,2')
-    alone = rows('out/once', '--seeds=1,2')
-    assert both == alone and '±' in both['dense']
+    assert both == rows('out/once', '--seeds=1,2') and '±' in both['dense']
+    log = read_log('out/twice/dense')
+    log[-1]['val_loss'] -= 0.5
+    pathlib.Path('out/twice/dense/log.jsonl').write_text(as_lines(log))
+    line = refuse(sample.main, 'out/twice')
+    assert 'out/twice/dense-1: expected what out/twice/dense has' in line and 'remove one' in line
 
 
-def test_what_cannot_be_read_is_left_out_of_the_table(train_here):
-    for folder, config, log in (
-            ('cut', '{"name": "cu', '{"iter": 0}'), ('strange', '{}', '{"val_loss": 1}'),
-            ('odd', '{"name": "odd", "seed": 1, "recipe": {}}', '[3]'), ('list', '[]', '{}')):
+def test_results_jsonl_keeps_the_lines_of_runs_whose_folders_are_gone(rows):
+    path = pathlib.Path('out/kept/results.jsonl')
+    rows('out/kept', '--seeds=1,2,3')
+    lines = path.read_text().splitlines()
+    for seed, result in enumerate(map(json.loads, lines), 1):
+        log = read_log(f'out/kept/dense-{seed}')
+        assert result['seed'] == seed and result['val_loss'] == log[-1]['val_loss']
+        assert result['lowest_val_loss'] == min(entry['val_loss'] for entry in log)
+    shutil.rmtree('out/kept/dense-1')
+    shutil.rmtree('out/kept/dense-2')
+    assert list(rows('out/kept', '--seeds=2', '--eval_interval=5')) == [
+        'dense (eval_interval 10)', 'dense (eval_interval 5)']     # those that are there
+    run_here(sample.main, 'out/kept')
+    now = path.read_text().splitlines()
+    assert sorted(now)[:3] == sorted(lines) or {*lines} < {*now}
+    assert len(now) == 4
+
+
+def result(run='moe', seed=1, iter=20, diverged=None, loss=1.0, **recipe):
+    return {'run': run, 'seed': seed, 'iter': iter, 'recipe': {'mlp': 'moe', 'seed': seed} | recipe,
+            'val_loss': loss, 'lowest_val_loss': loss, 'from': f'out/{run}-{seed}'} | (
+                {'diverged': diverged} if diverged else {})
+
+
+@pytest.mark.parametrize('results, expected', (
+    ([result(), result(seed=2), result('aoe')], {'moe': [1, 2], 'aoe': [1]}),
+    ([result(top_k=2), result(seed=2, top_k=1), result('aoe', top_k=4)],
+     {'moe (top_k 2)': [1], 'moe (top_k 1)': [2], 'aoe': [1]}),
+    ([result(a=1, b=2), result(a=1, b=3), result(a=2, b=2)],
+     {'moe (a 1, b 2)': [1], 'moe (a 1, b 3)': [1], 'moe (a 2, b 2)': [1]}),
+    ([result(), result(seed=2, iter=30)], {'moe (to 20)': [1], 'moe': [2]}),
+    ([result(), result('aoe', iter=30)], {'moe (to 20)': [1], 'aoe': [1]}),
+    ([result(), result(seed=2, diverged=7)], {'moe': [1], 'moe (diverged at 7)': [2]}),
+    ([result(a=0.0), result(seed=2, a=-0.0)], {'moe': [1, 2]}),    # equal, but not as text
+    ([result(a=None), result(seed=2)], {'moe': [1, 2]}),           # of before the key was there
+    ([result(top_k=2), result(seed=2, top_k=1), result('moe (top_k 1)', seed=3, top_k=1)],
+     {'moe (top_k 2)': [1], 'moe (top_k 1)': [2], "moe (top_k 1)'": [3]}),
+    ([result(), result()], {'moe': [1]})))
+def test_a_label_says_what_differs_and_no_result_is_lost(results, expected):
+    assert {name: list(seeds) for name, seeds in group(results).items()} == expected
+
+
+def test_what_cannot_be_read_is_left_out_of_the_table(rows):
+    rows('out/odd', '--seed=1')
+    good = json.loads(pathlib.Path('out/odd/dense/config.json').read_text())
+    log = pathlib.Path('out/odd/dense/log.jsonl').read_text()
+    odd = {'cut': ('{"run": "cu', log), 'list': ('[]', log), 'strange': ('{}', log),
+           'empty': (json.dumps(good), ''), 'number': (json.dumps(good), '[3]'),
+           'text': (json.dumps(good), log.replace('"val_loss": ', '"val_loss": "low", "x": ')),
+           'recipe': (json.dumps(good | {'recipe': 3}), log),
+           'control': (json.dumps(good | {'run': 'a\x1b[2J'}), log),
+           'pipe': (json.dumps(good | {'run': 'a | b'}), log)}
+    for folder, texts in odd.items():
         os.makedirs(f'out/odd/{folder}')
-        for file, text in (('config.json', config), ('log.jsonl', log)):
+        for file, text in zip(('config.json', 'log.jsonl'), texts):
             pathlib.Path(f'out/odd/{folder}/{file}').write_text(text)
-    printed = run_here(train.main, *SMALL, '--mlp=dense', '--out_dir=out/odd').stdout
-    assert list(table_of(printed)) == ['run', 'dense']
-    for folder in ('cut', 'strange', 'odd', 'list'):
-        assert f'out/odd/{folder} is left out: ' in printed
-
-
-def test_a_foreign_results_jsonl_is_named(rows):
-    rows('out/foreign')
-    good = pathlib.Path('out/foreign/results.jsonl').read_text()
-    changes = ({'val_loss': math.nan}, {'lowest_val_loss': None}, {'seconds': 'long'},
-               {'norm': None}, {'recipe': {}}, {'recipe': 3}, {'seed': 'one'})
-    for line in ('{"run": "moe"}', '3', '[]', '{', 'NaN', '"moe"', 'null',
-                 *(json.dumps(json.loads(good) | change) for change in changes)):
-        for text, number in ((line, 1), (good + line, 2)):
-            pathlib.Path('foreign.jsonl').write_text(text)
-            with pytest.raises(UserError, match=f'foreign.jsonl, line {number}: expected a line'):
-                read_results('foreign.jsonl')
-    for path in ('out', 'out/nowhere', 'out/nowhere.jsonl'):
-        with pytest.raises(UserError, match='expected an out_dir with runs, or a results.jsonl'):
-            read_results(path)
+    printed = run_here(sample.main, 'out/odd').stdout
+    assert list(table_of(printed)) == ['run', 'dense'] and '\x1b' not in printed
+    assert re.findall('^out/odd/(.+) is left out: ', printed, re.M) == sorted(odd)
 
 
 def test_a_run_that_ends_above_its_lowest_loss_says_so(train_here, monkeypatch):
     at_the_step_of(monkeypatch, [15], lambda parameters: parameters[0].mul_(-1))
     printed = run_here(train.main, *SMALL, '--mlp=dense', '--out_dir=out/worse').stdout
-    log = read_log('out/worse/dense/log.jsonl')
+    log = read_log('out/worse/dense')
     assert f'dense ended at {log[-1]["val_loss"]:.4f}, above its lowest' in printed
-    assert table_of(printed)['dense'][2] == f'{log[1]["val_loss"]:.4f}'
-    assert equal(weights('out/worse/dense/ckpt.pt'), weights('out/worse/dense/best.pt')) is False
+    assert table_of(printed)['dense'][1] == f'{log[1]["val_loss"]:.4f}'
+    best = load_checkpoint('out/worse/dense/best.pt', 'cpu')['model']
+    assert not equal(weights('out/worse/dense'), best)
 
 
 def test_loss_is_averaged_where_all_seeds_were_evaluated():
-    import matplotlib.pyplot as plt
     logs = [[{'iter': i, 'val_loss': loss, 'seconds': pace * i} for i, loss in log]
             for pace, log in ((1, ((0, 4.0), (10, 3.0), (20, 2.0))),
                               (3, ((0, 4.2), (20, 2.4), (30, 1.0))))]
-    seeds = {seed: {'log': log, 'lowest_val_loss': min(entry['val_loss'] for entry in log)}
-             for seed, log in enumerate(logs)}
-    figure = train.draw_loss(plt, {'moe': seeds}, {'moe': 'black'})
+    seeds = {seed: {'log': log, 'val_loss': log[-1]['val_loss'], 'lowest_val_loss': log[-1][
+        'val_loss']} for seed, log in enumerate(logs)}
+    figure = sample.draw_loss({'moe': seeds}, {'moe': 'black'})
     for axes, x in zip(figure.axes, ([0, 20], [0, 40])):
         line, = axes.lines
         assert line.get_xdata().tolist() == x
         assert line.get_ydata().tolist() == pytest.approx([4.1, 2.2])
-    assert figure.axes[0].texts[0].get_text() == 'moe 1.5000, 2 seeds'
-    plt.close(figure)
+    assert figure.axes[0].get_legend().get_texts()[0].get_text() == 'moe 1.5000, 2 seeds'
 
 
 @pytest.mark.filterwarnings('ignore:Glyph')
-@pytest.mark.parametrize('name', ('a & b', 'ä中', '1e-3'))
-def test_any_name_can_be_drawn(train_here, name):
-    run_here(train.main, *SMALL, '--mlp=aoe', '--max_iters=1', '--out_dir=out/names',
-             f'--name={name}')
-    runs = group(read_results('out/names'))
-    figure = train.draw_loss(train.pyplot(), runs, train.colors_of(runs))
-    assert any(text.get_text().startswith(name) for text in figure.axes[0].texts)
-    figure.savefig(os.devnull, format='png')
-    train.pyplot().close(figure)
-
-
-def test_a_picture_that_cannot_be_made_is_told_and_stops_nothing(workspace):
-    os.makedirs(workspace / 'out/open/loss.png')                   # as if another program had it
-    printed = run_here(train.main, *SMALL, '--mlp=moe', '--out_dir=out/open', cwd=workspace).stdout
-    assert 'loss.png is not drawn: out/open/loss.png: expected to write it' in printed
-    assert (workspace / 'out/open/norm.png').exists() is False     # moe has no norms
-    assert (workspace / 'out/open/expert_load.png').exists()
+def test_any_name_can_be_drawn_and_a_picture_that_cannot_be_is_told(workspace):
+    name = '1e-3, ä中 (50 %)'
+    os.makedirs(workspace / 'out/open/norm.png')                   # as if another program had it
+    printed = run_here(train.main, *SMALL, '--max_iters=1', '--out_dir=out/open', f'--name={name}',
+                       cwd=workspace).stdout
+    assert [line for line in printed.splitlines() if 'not drawn' in line] == [
+        line for line in printed.splitlines() if line.startswith('norm.png is not drawn: out/open')]
+    assert (workspace / 'out/open/expert_load.png').exists() and name in table_of(printed)
 
 
 # -----------------------------------------------------------------------------
-# sizes, dtypes, devices
+# dtypes and devices
 
-def test_a_model_with_more_tokens_than_its_text_never_writes_them(train_here):
-    train_here('--mlp=aoe', '--out_dir=out/padded', '--max_iters=1', '--vocab_size=300')
-    printed = run_here(sample.main, 'out/padded/aoe', '--temperature=90').stdout
-    assert len(printed) == 502
+def test_no_expert_is_left_out_however_small_top_p_is(train_here):
+    log = train_here('--mlp=moe', '--out_dir=out/top_p', '--select=top_p', '--top_p=1e-300',
+                     '--max_iters=1')
+    assert log[-1]['experts_per_token'] == [1, 1]
 
 
-@pytest.mark.parametrize('width', ('--d_low=1', '--d_ffn=1'))
+@pytest.mark.parametrize('arguments', (['--mlp=aoe', '--d_low=1'], ['--mlp=moe', '--d_ffn=1']))
 @pytest.mark.parametrize('dtype', ('float32', 'bfloat16'))
-def test_experts_of_width_1_train(train_here, width, dtype):
-    arguments = [width, f'--dtype={dtype}', '--mlp=moe' if 'ffn' in width else '--mlp=aoe']
-    train_here(*arguments, f'--out_dir=out/thin{width}{dtype}', '--max_iters=2')
-
-
-def test_active_experts_follow_the_rule():
-    def active(*arguments):
-        config = train.plan_runs({'vocab_size': 84, 'n_embd': 64}, configurator.parse(
-            train.TrainConfig, ['--mlp=moe', *arguments], '')[0])[0]
-        return train.GPT(config).active_parameters()
-    everything = active('--top_k=8')
-    assert active('--select=expert_choice', '--capacity_factor=8') == everything
-    assert active('--select=expert_choice', '--capacity_factor=99') == everything
-    assert active('--select=expert_choice', '--capacity_factor=2') == active('--top_k=2')
-    assert active('--select=top_p') == everything
+def test_experts_of_width_1_train(train_here, arguments, dtype):
+    train_here(*arguments, f'--dtype={dtype}', f'--out_dir=out/thin-{dtype}', '--max_iters=2')
 
 
 @pytest.fixture
@@ -593,20 +500,19 @@ def test_float16_stopped_and_resumed_is_the_same(train_here, low_scale):
     ('cuda', True, 'bfloat16'), ('cuda', False, 'float16'), ('mps', True, 'float32')))
 def test_auto_takes_the_dtype_that_is_native(monkeypatch, kind, capable, expected):
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: capable)
-    assert train.fast_dtype(train.TrainConfig(), torch.device(kind)) == expected
+    assert configurator.fast_dtype(train.TrainConfig(), torch.device(kind)) == expected
 
 
 def test_mps_is_taken_from_the_version_on_that_is_right(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    monkeypatch.setattr(torch, '__version__', '2.14.0')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, 'empty', lambda *size, device: None)  # as if it were there
-        assert train.choose_device('auto').type == 'mps'
-    monkeypatch.setattr(torch, '__version__', '2.13.1+x')
-    assert train.choose_device('auto').type == 'cpu'
+    for version, expected in (('2.14.0', 'mps'), ('2.13.1+x', 'cpu')):
+        monkeypatch.setattr(torch, '__version__', version)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, 'empty', lambda *size, device: None)      # as if it were there
+            assert configurator.choose_device('auto').type == expected
     with pytest.raises(UserError, match='device: expected auto or one of this machi'):
-        train.choose_device('mps')
+        configurator.choose_device('mps')
 
 
 def test_the_gain_of_bfloat16_is_measured(monkeypatch):
@@ -620,60 +526,47 @@ def test_the_gain_of_bfloat16_is_measured(monkeypatch):
             dtype, = self.dtypes
             self.median = 0.01 * (factor if dtype == torch.bfloat16 else 1)
             return self
-    monkeypatch.setattr(train, 'Timer', Timer)
+    monkeypatch.setattr(configurator, 'Timer', Timer)
     for factor, name in ((1 / 3, 'bfloat16'), (5.0, 'float32')):
-        train.bfloat16_gain.cache_clear()
-        assert train.fast_dtype(train.TrainConfig(), torch.device('cpu')) == name
-        assert train.bfloat16_gain(256, 128, 512) == pytest.approx(1 / factor)
-    train.bfloat16_gain.cache_clear()
+        configurator.bfloat16_gain.cache_clear()
+        assert configurator.fast_dtype(train.TrainConfig(threads=1), torch.device('cpu')) == name
+    configurator.bfloat16_gain.cache_clear()
 
 
 # -----------------------------------------------------------------------------
 # as programs
 
 @pytest.mark.slow
-@pytest.mark.parametrize('command', (['train.py', '--help'], ['sample.py', 'out/piped/aoe'],
-                                     ['prepare_data.py', '--help']))
-def test_a_reader_that_goes_away_ends_a_script_quietly(train_here, command):
+@pytest.mark.parametrize('command, more, status', (
+    ('train.py --help', '| head -1', 141), ('sample.py out/piped', '| true', 141),
+    ('train.py --help', '>&-', 0), ('sample.py out/piped/aoe --show_experts=True', '2>&-', 0)))
+def test_a_reader_that_goes_away_ends_a_script_quietly(train_here, command, more, status):
     if not os.path.exists('out/piped'):
         train_here('--mlp=aoe', '--out_dir=out/piped', '--max_iters=1')
-    process = start_script(*command, cwd='.')
-    process.stdout.close()                                         # as `| head -c 0` does
-    assert process.stderr.read() == '' and process.wait() in (0, 141)
+    command = f"'{sys.executable}' {ROOT}/{command} {more}; exit ${{PIPESTATUS[0]}}"
+    process = subprocess.run(['bash', '-c', command], capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (status, '')
 
 
 @pytest.mark.slow
-def test_closed_streams_and_configs_that_change_folder_are_no_traceback(workspace):
-    (workspace / 'elsewhere.py').write_text('import os as _os\n_os.chdir("/")\n')
-    command = [sys.executable, os.path.join(ROOT, 'train.py'), 'elsewhere.py', *SMALL]
-    for i, closed in enumerate(('>&-', '2>&-', '>&- 2>&-')):
-        process = subprocess.run(['bash', '-c', f'exec "$@" {closed}', 'bash', *command,
-                                  '--mlp=dense', f'--out_dir=out/closed{i}'], cwd=workspace,
-                                 capture_output=True)
-        assert (process.returncode, process.stderr) == (0, b'')
-        assert len(read_log(workspace / f'out/closed{i}/dense/log.jsonl')) == 3
-
-
-@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists('/proc/self/maps'), reason='needs Linux')
 def test_ctrl_c_while_pytorch_is_imported_ends_without_a_word(workspace):
     process = start_script('train.py', *SMALL, '--out_dir=out/import', cwd=workspace)
     maps = pathlib.Path(f'/proc/{process.pid}/maps')
-    while maps.exists() and 'torch' not in maps.read_text():
-        time.sleep(0.01)
+    while 'torch' not in maps.read_text():
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.communicate() == ('', '') and process.returncode in (-signal.SIGINT, 130)
     assert not (workspace / 'out/import').exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('encoding', ('cp1252', 'ascii'))
-def test_a_terminal_that_lacks_characters_gets_others(train_here, encoding):
-    train_here('--mlp=aoe', f'--out_dir=out/{encoding}', '--max_iters=1')
-    environment = os.environ | {'PYTHONIOENCODING': encoding}
+def test_a_terminal_that_lacks_characters_gets_others(train_here):
+    train_here('--mlp=aoe', '--out_dir=out/ascii', '--max_iters=1')
     process = subprocess.run(
-        [sys.executable, os.path.join(ROOT, 'sample.py'), f'out/{encoding}/aoe', '--temperature=9',
-         '--show_experts=True'], env=environment, capture_output=True)
-    assert process.returncode == 0, process.stderr
+        [sys.executable, os.path.join(ROOT, 'sample.py'), 'out/ascii/aoe', '--temperature=9',
+         '--show_experts=True'], env=os.environ | {'PYTHONIOENCODING': 'ascii'}, capture_output=True)
+    assert process.returncode == 0 and b'? line end' in process.stdout, process.stderr
 
 
 @pytest.mark.slow
@@ -685,15 +578,12 @@ def test_two_processes_train_like_one(workspace, mlp):
     run_here(train.main, *command, f'--out_dir=out/one-{mlp}', cwd=workspace)
     process = run_script('train.py', *command, f'--out_dir=out/two-{mlp}', cwd=workspace,
                          processes=2)
-    one, two = (read_log(workspace / f'out/{name}-{mlp}/{mlp}/log.jsonl')
-                for name in ('one', 'two'))
-    for log in one, two:
-        assert [entry['tokens'] for entry in log] == [0, 5120, 10240]
-    for a, b in zip(one, two):
+    one, two = (read_log(workspace / f'out/{name}-{mlp}/{mlp}') for name in ('one', 'two'))
+    for a, b, tokens in zip(one, two, (0, 5120, 10240), strict=True):
+        assert a['tokens'] == b['tokens'] == tokens
         for key in ('train_loss', 'val_loss', *['test_loss'] * ('test_loss' in a)):
             assert b[key] == pytest.approx(a[key], abs=1e-4)
-    evaluations = [line for line in process.stdout.splitlines() if 'val loss' in line]
-    assert sum(' iter ' in line for line in evaluations) == 3      # one of the two prints
+    assert process.stdout.count(' iter ') == 3                     # one of the two prints
 
 
 @pytest.mark.slow
@@ -704,45 +594,3 @@ def test_a_run_that_diverges_in_two_processes_ends_them(workspace):
                          '--gradient_accumulation_steps=2', '--out_dir=out/two-high',
                          cwd=workspace, processes=2, check=False)
     assert process.returncode and 'expected finite losses and weights' in process.stderr
-
-
-@pytest.mark.slow
-def test_runs_that_are_killed_again_and_again_end_like_those_that_are_not(workspace):
-    """Two runs side by side; the first process, all at once while one writes a file, or a signal.
-    Seconds differ, nothing else may."""
-    moments, out, while_writing = random.Random(1), workspace / 'out/killed', 0
-    command = [*SMALL, '--jobs=2', '--mlp=aoe,moe', '--max_iters=400', '--eval_interval=20',
-               '--dropout=0.1', '--init_from=auto']
-
-    def writing():
-        return any(out.rglob('*.part'))
-    for kill in ('first', 'all', signal.SIGINT, 'all', signal.SIGTERM, 'all'):
-        process, began = start_script('train.py', *command, '--out_dir=out/killed',
-                                      cwd=workspace), time.time()
-        while process.poll() is None and not any(
-                log.stat().st_mtime > began for log in out.rglob('log.jsonl')):
-            time.sleep(0.05)                                       # until one has evaluated
-        time.sleep(moments.uniform(0, 1))
-        while kill == 'all' and process.poll() is None and not writing():
-            pass
-        while_writing += writing()
-        with contextlib.suppress(ProcessLookupError):              # it has ended
-            if kill == 'all':
-                os.killpg(process.pid, signal.SIGKILL)
-            else:
-                process.send_signal(signal.SIGKILL if kill == 'first' else kill)
-        process.communicate()                                      # until all have ended
-        for path in out.rglob('ckpt.pt'):
-            load_checkpoint(path, 'cpu')                           # raises if it is damaged
-    assert while_writing > 0
-    run_script('train.py', *command, '--out_dir=out/killed', cwd=workspace)
-    run_here(train.main, *command, '--jobs=1', '--out_dir=out/undisturbed', cwd=workspace)
-    for mlp in ('aoe', 'moe'):
-        killed, whole = ([{key: value for key, value in entry.items() if key != 'seconds'}
-                          for entry in read_log(workspace / f'out/{name}/{mlp}/log.jsonl')]
-                         for name in ('killed', 'undisturbed'))
-        assert [entry['iter'] for entry in whole] == list(range(0, 401, 20))
-        assert killed == whole
-        assert equal(weights(out / mlp / 'ckpt.pt'),
-                     weights(workspace / f'out/undisturbed/{mlp}/ckpt.pt'))
-        assert sorted(os.listdir(out / mlp)) == FILES

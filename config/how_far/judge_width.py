@@ -1,6 +1,6 @@
 """
-How wide should a judge be? An expert with a whole gate judges by the first d_judge
-neurons of it: from 4 (D/24) to 64 (2 D/3). As in ../who_scores/two_questions.py, with L_aux:
+How many numbers should score? An expert with a whole gate scores itself by the norm of the first
+d_judge numbers of x Wg: from 4 (D/24) to 64 (2 D/3). In the shape of small.py, with L_aux:
 
     python train.py config/small.py config/how_far/judge_width.py
 """

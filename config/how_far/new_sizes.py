@@ -1,7 +1,7 @@
 """
-The first three of ../who_scores/large_router.py at half and at twice its width, on seeds that no
-other table has, each with the best of its learning rates on other seeds (learning_rate.py and
-../who_scores/rates.py):
+moe, moe with a large router and aoe_whole at half and at twice small.py's width, on seeds that no
+other table has. moe and aoe_whole have the learning rate that was best in learning_rate.py; a large
+router the one that was best on seed 21 (config/who_scores/rates.py of commit b5d5aed):
 
     python train.py config/small.py config/how_far/new_sizes.py
 """
