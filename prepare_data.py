@@ -205,12 +205,16 @@ def fingerprint(path):
 
 
 def load_meta(folder):
-    """The meta.json of a data set, a dict. Raises UserError where there is none."""
+    """The meta.json of a data set, a dict. Raises UserError where there is none, or a damaged one."""
     path = os.path.join(folder, 'meta.json')
     if not os.path.exists(path):
         raise UserError(f'expected data in {folder}, got no meta.json there; '
                         'run prepare_data.py first, whose --help has examples')
-    return json.loads(read_text(path))
+    try:
+        return dict(json.loads(read_text(path)))
+    except (ValueError, TypeError):
+        raise UserError(f'{path}: expected one of prepare_data.py, got a damaged one; remove '
+                        f'{folder} and run it again') from None
 
 
 def write_tokens(folder, documents, tokenizer):

@@ -198,9 +198,13 @@ def read_result(folder):
 
 def checked(result):
     """result, if all is in it that tables need. Raises KeyError, TypeError or ValueError if not."""
-    numbers = [result[key] for key in ('iter', 'tokens', 'seconds', 'val_loss', 'lowest_val_loss')]
-    if not (all(map(math.isfinite, [*numbers, *result['ent_load']])) and is_run_name(result['run'])
-            and isinstance(result['seed'], int) and result['recipe']['mlp']):
+    for key in ('iter', 'tokens', 'seconds', 'val_loss', 'lowest_val_loss'):
+        if not math.isfinite(result[key]):
+            raise ValueError(f'{key} = {result[key]}')
+    if not is_run_name(result['run']):
+        raise ValueError(f'a run called {result["run"]!r:.30}')
+    if not (isinstance(result['seed'], int) and result['recipe']['mlp']
+            and all(map(math.isfinite, result['ent_load']))):
         raise ValueError('no result')
     return result
 
@@ -245,8 +249,8 @@ def group(results):
     runs = {}
     for shape, seeds in groups:
         others = [other for other, _ in groups if other['run'] == shape['run']]
-        notes = [f'{key} {value}' for key, value in shape.items() if key not in ('iter', 'diverged')
-                 and any(other.get(key) != value for other in others)]
+        differ = [key for key in shape if any(other.get(key) != shape[key] for other in others)]
+        notes = [f'{key} {shape[key]!s:.40}' for key in differ if key not in ('iter', 'diverged')]
         if shape['diverged'] is not None:
             notes.append(f'diverged at {shape["diverged"]}')
         elif shape['iter'] < furthest:
@@ -264,8 +268,13 @@ def group(results):
 # windows in which they were evaluated
 AGREE = {'sha256', 'train_tokens', 'val_tokens', 'block_size', 'batch_size', 'eval_iters',
          'gradient_accumulation_steps'}
+RATES = {'learning_rate', 'min_lr'}      # each variant may have the one that is best for it
 # what makes a variant may differ without a word; what else differs is told
 OF_VARIANT = {'mlp', 'factorised', 'router', 'router_std', 'd_low', 'd_judge', 'seed'}
+
+
+# a run that is too old to have one of these isn't known to differ in it
+NEWER = {'train_tokens', 'val_tokens', 'eval_iters', 'processor', 'model.py', 'train.py', 'torch'}
 
 
 class Difference(NamedTuple):
@@ -282,8 +291,8 @@ def variant_of(seeds):
     moe, aoe, factorised = recipe['mlp'] == 'moe', recipe['mlp'] == 'aoe', recipe['factorised']
     narrow = aoe and factorised and (recipe.get('d_judge') or math.inf) < recipe['d_low']
     parts = {'_whole': aoe and not factorised, ' narrow': narrow, ' factorised': moe and factorised,
-             ' large': moe and recipe['router'] == 'large',
-             ' wide': moe and recipe.get('router_std', 0.02) > 0.02}
+             f' {recipe["router"]}': moe and recipe['router'] != 'linear',
+             ' wide': moe and (recipe.get('router_std') or 0.02) > 0.02}   # older: None
     return recipe['mlp'] + ''.join(part for part, there in parts.items() if there)
 
 
@@ -300,9 +309,9 @@ def differences(runs, base='moe', loss='lowest_val_loss'):
                 continue
             one, its = seeds[common[0]], others[common[0]]         # all seeds have one recipe
             recipes = one['recipe'], its['recipe']
-            # a key that one of the two is too old to have is not told
-            differ = {key for key in recipes[0].keys() & recipes[1].keys() - OF_VARIANT
-                      if recipes[0][key] != recipes[1][key]}
+            unknown = NEWER & (recipes[0].keys() ^ recipes[1].keys())
+            differ = {key for key in (recipes[0] | recipes[1]).keys() - OF_VARIANT - unknown
+                      if recipes[0].get(key) != recipes[1].get(key)}
             if (differ & AGREE or one['tokens'] != its['tokens'] or one['iter'] != its['iter']
                     or 'diverged' in one or 'diverged' in its):
                 continue
@@ -310,7 +319,8 @@ def differences(runs, base='moe', loss='lowest_val_loss'):
             base_loss = statistics.mean(others[seed][loss] for seed in common)
             candidates.append(Difference(other, differ, minus, base_loss))
         if candidates:
-            found[name] = min(candidates, key=lambda difference: len(difference.differ))
+            found[name] = min(candidates, key=lambda difference: (
+                len(difference.differ - RATES), len(difference.differ)))
     return found
 
 

@@ -107,6 +107,8 @@ class TrainConfig(GPTConfig):
                '0 or more, below 2^63', lambda n: 0 <= n < 2**63)
         expect(self, 'gradient_accumulation_steps', f'a multiple of the {WORLD_SIZE} processes, '
                'which share them', lambda n: n % WORLD_SIZE == 0)
+        expect(self, 'threads', f'at most the {os.cpu_count()} cores of this machine',
+               lambda n: n <= os.cpu_count())
         expect(self, ('beta1', 'beta2'), 'at least 0 and below 1', lambda beta: 0 <= beta < 1)
         expect(self, ('out_dir', 'data_dir', 'dataset'), 'the name of a folder',
                lambda name: name and name.isprintable())

@@ -141,21 +141,21 @@ def test_holm_stops_at_the_first_that_does_not_survive(monkeypatch):
     monkeypatch.setattr('compare.p_value', lambda values: p_of[values[0]])
     lines = list(holm({name: Difference('moe', set(), {1: name, 2: name}, 2.0) for name in p_of}
                       | {'one seed': Difference('moe', set(), {1: 0.1}, 2.0)}))
-    assert lines[0] == "b: p 0.001, survives Holm's correction at 5 %"
+    assert lines[0] == "b: p 0.001, survives Holm's correction"
     assert [(line[0], 'survives' in line) for line in lines] == [  # 4 b, 3 d, 2 c, and 1 a
         ('b', True), ('d', True), ('c', False), ('a', False)]
 
 
 def test_numbers_in_names_sort_as_numbers():
-    names = ['moe', 'aoe_whole', 'moe 1e-3', 'aoe_whole 1e-3', 'moe 4 of 16', 'moe 48 2e-3',
-             'aoe_whole 48 2e-3', 'moe 48 1.5e-2', 'moe 192 5e-4']
+    names = ['moe', 'aoe_whole', 'moe_0', 'aoe_whole_0', 'moe 1e-3', 'aoe_whole 1e-3',
+             'moe 4 of 16', 'moe 48 2e-3', 'aoe_whole 48 2e-3', 'moe 48 1.5e-2', 'moe 192 5e-4']
     assert names == sorted(sorted(names), key=lambda name: order_of(name, seeds_of([1], name[:3])))
 
 
 def test_the_table_by_run_and_by_setting(file):
     lines = [*results([2.0, 2.1]), *results([1.9, 2.0002], 'dense'),
-             *results([3.0, 3.1], 'moe', '48 moe', n_embd=48),
-             *results([3.002, 3.101], 'aoe', '48 aoe_whole', n_embd=48)]
+             *results([3.0, 3.1], 'moe', 'moe 48', n_embd=48),
+             *results([3.002, 3.101], 'aoe', 'aoe_whole 48', n_embd=48)]
     lines[0]['norm'] = [[0.0, 1.0]]                                # an expert that finds nothing
     lines += [line | {'diverged': 30} for line in results([4.0, 4.0], 'aoe', iter=10)]
     path = file(lines)
@@ -163,10 +163,10 @@ def test_the_table_by_run_and_by_setting(file):
     table = table_of(text)
     assert table['run'][:4] == ['seeds', 'lowest val loss', 'minus moe', 'seeds better']
     assert table['dense'][:4] == ['2', '1.9501 ± 0.0709', '**-0.0999 ± 0.0013**', '2 of 2']
-    assert table['48 aoe_whole'][2:4] == ['+0.0015 ± 0.0064', '0 of 2']
+    assert table['aoe_whole 48'][2:4] == ['+0.0015 ± 0.0064', '0 of 2']
     assert table['aoe (diverged at 30)'][1:4] == ['diverged', '-', '-'] and '4.0' not in text
-    assert table['moe'][-1] == 'inf' and '- within ± 0.01 (level): 48 aoe_whole\n' in text
-    assert "- dense: p 0.00064, survives Holm's" in text
+    assert table['moe'][-1] == 'inf' and '- within ± 0.01 (level): aoe_whole 48\n' in text
+    assert "- dense: p 0.00064, survives Holm's correction" in text
     assert len(table_of(printed(path, '--short=True'))['moe']) == 4 < len(table['moe'])
     for key, aoe in (('--short=True', '+0.0015 ± 0.0064'), ('--minus=None', '3.0515 ± 0.0700')):
         row = table_of(printed(path, '--by_setting=True', key))['48']

@@ -1,6 +1,5 @@
 """train.py: the whole way through; parts of it by hand; runs side by side."""
 
-import ast
 import contextlib
 import dataclasses
 import glob
@@ -8,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -73,7 +73,7 @@ def test_three_variants_leave_logs_checkpoints_pictures_and_a_table(trained):
         assert table[mlp][1] == f'{min(entry["val_loss"] for entry in log):.4f}'
     # as wide as Eq. 5 makes it at this small D, an expert of aoe is larger than one of moe
     size = 8 * 32 + 8 * 64 + 2 * 32 * 64, 3 * 32 * 48
-    told = re.findall(r'^(\w+): [\d,]+ parameters \(an expert has ([\d.]+) times moe', printed, re.M)
+    told = re.findall(r'^(\w+): .* parameters \(an expert has ([\d.]+) times moe', printed, re.M)
     assert told == [('aoe', f'{size[0] / size[1]:.3f}')]
     for name in PICTURES:
         picture = matplotlib.image.imread(out / name)
@@ -136,6 +136,7 @@ def test_an_evaluation_by_a_loop(trained, mlp, top_p):
 
 def test_a_named_run_joins_the_others_and_k_can_change_on_the_way(trained, refuse, monkeypatch):
     monkeypatch.chdir(trained[0])
+    monkeypatch.setattr(train, 'draw', lambda *arguments: None)
     common = [*SMALL, '--mlp=moe', '--max_iters=2', '--out_dir=out/named']
     run_here(train.main, *common)
     named = run_here(train.main, *common, '--name=few', '--top_k=1')
@@ -160,7 +161,9 @@ def test_eval_only_repeats_the_last_evaluation_and_writes_nothing(trained):
     assert after == before
 
 
-def test_a_config_file_may_name_runs_and_seeds_and_the_table_has_the_verdict(workspace):
+def test_a_config_file_may_name_runs_and_seeds_and_the_table_has_the_verdict(
+        workspace, monkeypatch):
+    monkeypatch.setattr(train, 'draw', lambda *arguments: None)
     (workspace / 'two.py').write_text(
         "runs = {'few': {'top_k': 1}, 'base': {'mlp': 'moe'}, 'balanced': {'aux_weight': 0.01},\n"
         "        'dense': {'mlp': 'dense'}}\nseeds = [1, 2]\nout_dir = 'out/two'\n")
@@ -182,10 +185,9 @@ def test_a_config_file_may_name_runs_and_seeds_and_the_table_has_the_verdict(wor
     config = json.loads((workspace / 'out/two/balanced-2/config.json').read_text())
     assert (config['run'], config['seed'], config['iter']) == ('balanced', 2, 4)
     assert (config['recipe']['mlp'], config['recipe']['aux_weight']) == ('aoe', 0.01)
-    # sample.py shows the same, and draws the pictures again
-    os.remove(workspace / 'out/two/loss.png')
+    # sample.py shows the same, and draws the pictures
     assert printed.endswith(run_here(sample.main, 'out/two', cwd=workspace).stdout)
-    assert os.path.exists(workspace / 'out/two/loss.png')
+    assert all((workspace / 'out/two' / picture).exists() for picture in PICTURES)
 
 
 @pytest.mark.parametrize('select', ('top_p', 'expert_choice'))
@@ -340,18 +342,16 @@ def test_how_many_runs_share_eight_cores(workspace, monkeypatch, arguments, shar
     found = []
     monkeypatch.setattr(train, 'usable_cores', lambda: 8)
     monkeypatch.setattr(train, 'train_side_by_side',
-                        lambda runs, jobs, stop: found.append((jobs, runs[0].threads)))
+                        lambda runs, jobs, stop: bool(found.append((jobs, runs[0].threads))))
     monkeypatch.setattr(train, 'train_one_by_one',
-                        lambda runs, stop: found.append((1, runs[0].threads)))
+                        lambda runs, stop: bool(found.append((1, runs[0].threads))))
     small = [argument for argument in SMALL if argument not in ('--jobs=1', '--threads=1')]
     run_here(train.main, *small, *arguments, '--out_dir=out/shares', '--init_from=auto',
              cwd=workspace, check=False)
     assert found == [shares]
 
 
-def start(out_dir, *arguments, cwd, **more):
-    return start_script('train.py', *SMALL, '--jobs=2', f'--out_dir=out/{out_dir}', *arguments,
-                        cwd=cwd, **more)
+LINUX = pytest.mark.skipif(not os.path.exists('/proc/self/task'), reason='needs Linux')
 
 
 def wait_until(fact, process):
@@ -360,18 +360,17 @@ def wait_until(fact, process):
     while not fact():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < end, 'it takes too long'
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
 def workers(process):
-    """The ids of the processes that train runs for it, on Linux."""
+    """The ids of the processes that train runs for it."""
     with open(f'/proc/{process.pid}/task/{process.pid}/children') as file:
-        children = file.read().split()
-    return [int(pid) for pid in children if 'spawn_main' in command_of(pid)]
+        return [pid for pid in file.read().split() if 'spawn_main' in command_of(pid)]
 
 
 def command_of(pid):
-    """Of a process that lives; '' for another, and for one that has ended."""
+    """Of a process that lives; '' of one that has ended."""
     try:
         with open(f'/proc/{pid}/cmdline') as file:
             return file.read()
@@ -379,4 +378,109 @@ def command_of(pid):
         return ''
 
 
-LINUX = pytest.mark.skipif(not os.path.exists('/proc/self/task'), reason='needs Linux')
+@LINUX
+@pytest.mark.slow
+def test_runs_that_are_stopped_again_and_again_end_like_those_that_are_not(workspace, monkeypatch):
+    """Two runs, side by side and one by one by turns, are stopped by a signal, or by kill -9: of
+    the first process, or of all while one writes a file. Seconds differ, nothing else may."""
+    moments, out, saved_between, while_writing = random.Random(1), workspace / 'out/killed', 0, 0
+    more = [*SMALL, '--mlp=aoe,moe', '--max_iters=400', '--eval_interval=20', '--dropout=0.1',
+            '--gradient_accumulation_steps=2', '--aux_weight=0.01', '--init_from=auto']
+    for jobs, kill in ((2, 'first'), (2, 'all'), (2, signal.SIGINT), (1, 'all'), (1, signal.SIGHUP),
+                       (2, 'all'), (2, signal.SIGTERM), (1, signal.SIGINT)):
+        began = time.time()
+        process = start_script('train.py', *more, f'--jobs={jobs}', '--out_dir=out/killed',
+                               cwd=workspace)
+        wait_until(lambda began=began: any(log.stat().st_mtime > began
+                                           for log in out.rglob('log.jsonl')), process)
+        time.sleep(moments.uniform(0, 1))
+        while kill == 'all' and process.poll() is None and not any(out.rglob('*.part')):
+            pass
+        left = workers(process)
+        while_writing += any(out.rglob('*.part'))
+        if kill == 'all':
+            os.killpg(process.pid, signal.SIGKILL)
+        elif kill == signal.SIGINT:
+            os.killpg(process.pid, kill)                           # as Ctrl-C in a terminal
+        else:
+            process.send_signal(signal.SIGKILL if kill == 'first' else kill)
+        printed, errors = process.communicate()                    # until all have closed them
+        assert len(left) == (jobs if jobs > 1 else 0) and not any(map(command_of, left))
+        reached = [load_checkpoint(path, 'cpu')['iter'] for path in out.rglob('ckpt.pt')]
+        if kill not in ('first', 'all'):
+            saved_between += any(iteration % 20 for iteration in reached)
+            assert (process.returncode, errors) == (128 + kill, '')
+            assert printed.count('--init_from=resume') == (kill != signal.SIGHUP)
+    assert while_writing and saved_between and max(reached) < 400
+    assert start_script('train.py', *more, '--out_dir=out/killed', cwd=workspace).wait() == 0
+    monkeypatch.setattr(train, 'draw', lambda *arguments: None)
+    run_here(train.main, *more, '--out_dir=out/whole', cwd=workspace)
+    for mlp in ('aoe', 'moe'):
+        killed, whole = (load_checkpoint(workspace / f'out/{name}/{mlp}/ckpt.pt', 'cpu')
+                         for name in ('killed', 'whole'))
+        for entry in killed['log'] + whole['log']:
+            del entry['seconds']
+        assert [entry['iter'] for entry in whole['log']] == list(range(0, 401, 20))
+        assert killed['log'] == whole['log'] and killed['recipe'] == whole['recipe']
+        assert all(map(torch.equal, killed['model'].values(), whole['model'].values()))
+        assert sorted(os.listdir(out / mlp)) == ['best.pt', 'ckpt.pt', 'config.json', 'log.jsonl']
+
+
+@LINUX
+@pytest.mark.slow
+def test_where_one_process_is_killed_or_finds_other_code_the_others_go_on(workspace):
+    """Three runs, two side by side: the first is killed, and model.py edited before the third."""
+    scripts = workspace / 'scripts'
+    scripts.mkdir()
+    for name in ('model', 'train', 'sample', 'prepare_data', 'configurator'):
+        shutil.copy(f'{ROOT}/{name}.py', scripts)
+    process = start_script(scripts / 'train.py', *SMALL, '--mlp=moe,aoe,dense', '--max_iters=100',
+                           '--eval_interval=50', '--jobs=2', '--out_dir=out/edited', cwd=workspace)
+    wait_until(lambda: all((workspace / f'out/edited/{mlp}/best.pt').exists()
+                           for mlp in ('moe', 'aoe')), process)
+    (scripts / 'model.py').write_text((scripts / 'model.py').read_text() + '\nEDITED = True\n')
+    os.kill(int(workers(process)[0]), signal.SIGKILL)
+    printed, errors = process.communicate()
+    assert process.returncode == 1 and sorted(errors.splitlines()) == [
+        'error: out/edited/dense: expected the code of the start, got another model.py; '
+        'start anew', 'error: out/edited/moe: its process ended with exit code -9; '
+        '--init_from=resume goes on with it']
+    assert list(table_of(printed)) == ['run', 'aoe', 'moe (to 0)'] and '\r' not in printed
+    assert [entry['iter'] for entry in read_log(workspace / 'out/edited/aoe')] == [0, 50, 100]
+
+
+@pytest.mark.slow
+def test_where_one_run_has_no_room_all_end(workspace):
+    resource = pytest.importorskip('resource')                     # Windows has none
+    process = start_script('train.py', *SMALL, '--mlp=moe,dense', '--jobs=2', '--out_dir=out/room',
+                           cwd=workspace, preexec_fn=lambda: resource.setrlimit(
+                               resource.RLIMIT_FSIZE, (20_000, 20_000)))
+    _, errors = process.communicate()
+    assert process.returncode == 2 and errors.count('\n') == 1, errors
+    assert re.match('error: out/room/.*expected to write it.*Is the disk full', errors)
+    assert not list((workspace / 'out/room').rglob('*.pt*'))
+
+
+@LINUX
+@pytest.mark.slow
+def test_a_terminal_of_80_columns_shows_a_bar_for_each_run(workspace):
+    import fcntl                                                   # Windows has none of them
+    import pty
+    import termios
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(workspace)
+        os.execv(sys.executable, [sys.executable, os.path.join(ROOT, 'train.py'), *SMALL,
+                                  '--jobs=2', '--mlp=moe', '--seeds=1,2', '--max_iters=300',
+                                  '--eval_interval=100', '--out_dir=out/terminal'])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('4H', 24, 80, 0, 0))
+    shown = b''
+    with contextlib.suppress(OSError):                             # its end
+        while chunk := os.read(terminal, 2**16):
+            shown += chunk
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    lines = re.split('[\r\n]+', re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', shown.decode()))
+    assert max(map(len, lines)) <= 80
+    for seed in (1, 2):
+        assert any(re.match(rf'moe-{seed}: .*tok/s, loss \d', line) for line in lines)
+        assert sum(bool(re.match(rf'moe-{seed} +iter ', line)) for line in lines) == 4

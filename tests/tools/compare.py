@@ -33,11 +33,9 @@ sys.path.insert(0, ROOT)
 
 import configurator
 from configurator import UserError, parse, read_text, write_text
-from sample import (checked, colors_of, difference_as_text, differences, group, half_interval,
-                    losses_of, mean_and_spread, notes_of, print_rows, read_results, save_figure,
-                    variant_of)
-
-RATES = {'learning_rate', 'min_lr'}      # each variant may have the rate that is best for it
+from sample import (RATES, checked, colors_of, difference_as_text, differences, group,
+                    half_interval, losses_of, mean_and_spread, notes_of, print_rows, read_results,
+                    save_figure, variant_of)
 
 
 @dataclass
@@ -62,9 +60,8 @@ class CompareConfig:
 
 def read(files, config):
     """What is in files and folders: {run: {seed: result}}, as a table has them; the Differences."""
-    results = []
-    for file in files:
-        results += read_lines(file) if os.path.isfile(file) else read_results(file)
+    results = [result for file in files for result in (
+        read_lines(file) if os.path.isfile(file) else read_results(file))]
     if not results:
         raise UserError('expected out_dirs or files of results, got none; --help has examples')
     for result in results:
@@ -92,15 +89,17 @@ def read_lines(file):
 
 def setting_of(name, seeds):
     """What a run's name says besides its variant: '3 of 12' of 'aoe 3 of 12 narrow'."""
-    of_variant = {*variant_of(seeds).split(), 'router'}            # older: 'moe large router'
-    return ' '.join(word for word in name.split() if word not in of_variant)
+    variant, *more = variant_of(seeds).split()                     # older names: 'moe large router'
+    words = name.removeprefix(variant).split()
+    return ' '.join(word for word in words if word not in (*more, 'router'))
 
 
 def order_of(name, seeds):
-    """To sort runs by: numbers in their setting, as 48 and 2e-3, the setting, the variant."""
-    setting, (variant, *more) = setting_of(name, seeds), variant_of(seeds).split()
-    numbers = [float(number) for number in re.findall(r'\d+(?:\.\d+)?(?:e-?\d+)?', setting)]
-    return numbers, setting, ('moe', 'aoe_whole', 'aoe', 'dense').index(variant), more
+    """To sort runs by: settings, by size where they have numbers, and in each the variants."""
+    parts = re.findall(r'\d+(?:\.\d+)?(?:e-?\d+)?|\D+', setting_of(name, seeds))
+    sizes = [(1, float(part), '') if part[0].isdecimal() else (0, 0, part) for part in parts]
+    variant, *more = variant_of(seeds).split()
+    return sizes, ('moe', 'aoe_whole', 'aoe', 'dense').index(variant), more
 
 
 def interval(difference, unit=1):
@@ -194,8 +193,7 @@ def holm(found):
     survives = True
     for i, name in enumerate(sorted(p_of, key=p_of.get)):
         survives = survives and (len(p_of) - i) * p_of[name] <= 0.05
-        told = 'survives' if survives else 'does not survive'
-        yield f"{name}: p {p_of[name]:.2g}, {told} Holm's correction at 5 %"
+        yield f"{name}: p {p_of[name]:.2g}, {'survives' if survives else 'fails'} Holm's correction"
 
 
 def cell_of(found, config):
