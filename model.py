@@ -34,8 +34,8 @@ from torch.utils.checkpoint import checkpoint
 class GPTConfig:
     """What defines a model. Raises ValueError where the numbers do not fit.
 
-    A key that is of no use to a model becomes None: d_judge for moe, d_low where no gate is
-    factorised. (Two models with equal keys are equal.)
+    d_judge and d_low become None where the model has no use for them: d_judge but for aoe, d_low
+    without a factorised gate or the large router.
     """
     # model
     block_size: int = 64                 # context length, in tokens
@@ -272,8 +272,9 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, dropout):
-    """softmax(q k^T / sqrt(head_dim)) v, causal; all (B, n_head, S, head_dim)."""
-    if q.device.type == 'cpu' and q.shape[2] < 256:      # so short it is slow there in bfloat16
+    """softmax(q k^T / sqrt(head_dim)) v, causal; all (B, n_head, S, head_dim). The result may be
+    float32: on a CPU, attention this short is slow in bfloat16."""
+    if q.device.type == 'cpu' and q.shape[2] < 256:
         with torch.autocast('cpu', enabled=False):
             q, k, v = (at_least_float32(part) for part in (q, k, v))
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
@@ -378,7 +379,8 @@ class GPT(nn.Module):
         for block in self.blocks:
             inputs = (x, self.cos[:S], self.sin[:S])
             if self.config.recompute:
-                # backward computes the block again, with the weights that it has now
+                # backward calls the block again, and gives it the weights of now: they may be
+                # somebody's replacements (torch.func)
                 weights = dict(block.named_parameters())
                 x, routing = checkpoint(functional_call, block, weights, inputs,
                                         use_reentrant=False)
@@ -402,8 +404,9 @@ class GPT(nn.Module):
         vocab_size: draw from the first so many tokens only. (A tokenizer may know fewer than the
             model, whose vocabulary is sometimes rounded up for speed.)
         seed: the same seed on the same machine draws the same text.
-        Sets the model to eval mode. The context is the last block_size tokens. Raises ValueError
-        where there is no token to continue.
+        Sets the model to eval mode. The context is the last block_size tokens. (With
+        select='expert_choice' who handles a token depends on the other tokens of idx, too.) Raises
+        ValueError where there is no token to continue.
         """
         if idx.shape[1] == 0:
             raise ValueError('expected a token at least to continue, got none')
@@ -433,7 +436,9 @@ class GPT(nn.Module):
         c, active = self.config, self.total_parameters()
         for block in self.blocks:
             stacked = sum(weight.numel() for weight in block.mlp.parameters() if weight.dim() == 3)
-            judging = c.n_expert * c.n_embd * ((c.d_low or c.d_judge) if c.mlp == 'aoe' else 0)
+            judging = 0
+            if c.mlp == 'aoe':           # every expert takes its first look at every token
+                judging = c.n_expert * c.n_embd * (c.d_low if c.factorised else c.d_judge)
             active -= (1 - experts_of_a_token(c) / c.n_expert) * (stacked - judging)
         return round(active)
 
@@ -466,7 +471,7 @@ def of_all(w, x):
 def of_each(w, x, rows):
     """Each row of x (N, m) times the matrix of its own expert, w (E, m, n): (N, n)."""
     x, w = as_autocast(x), as_autocast(w)
-    dtypes = (torch.bfloat16, torch.float32)
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
     if torch.compiler.is_compiling():
         dtypes = (torch.bfloat16,)                       # torch.compile knows no other
     aligned = w.shape[1] % 8 == 0 and w.shape[2] % 8 == 0          # rows of 16 bytes, or of 32
@@ -493,10 +498,13 @@ def sort_by_expert(I, w, E):
     """
     expert, weight = I.flatten(), w.flatten()                      # of each pair
     token = torch.arange(len(expert), device=I.device) // I.shape[1]
-    if I.shape[1] == E:      # rules other than top_k leave most places to nobody: drop these
+    if I.shape[1] == E:
+        # a place for each expert, as rules other than top_k have, and most are nobody's: drop these
+        # (and wait for the GPU, to know how many are left)
         somebody = expert >= 0
         expert, weight, token = expert[somebody], weight[somebody], token[somebody]
-    expert = expert.where(expert >= 0, E - 1)    # any nobody that is left has weight 0
+    weight = weight.masked_fill(expert < 0, 0)           # any nobody that is left weighs nothing
+    expert = expert.where(expert >= 0, E - 1)
     padding = padding_of(expert, E)
     expert, order = torch.cat([expert, padding]).sort(stable=True)
     token = F.pad(token, (0, len(padding)))[order]                 # padding is of token 0
@@ -508,13 +516,13 @@ PAD = 16
 
 
 def padding_of(expert, E):
-    """The experts of rows to be added, so that each expert has a multiple of PAD rows. The result
-    of a layer is the same without. With it each expert has a row at least (where it has none,
-    F.grouped_mm returns garbage as its gradient: PyTorch issue 172439), and shapes repeat: on a CPU
-    a bfloat16 matmul of a new shape takes longer to prepare than to do.
+    """The experts of rows to be added, so that each expert has a multiple of PAD rows. They change
+    no result. But each expert has a row then (where it has none, F.grouped_mm returns garbage as
+    its gradient: PyTorch issue 172439), and shapes repeat: on a CPU a bfloat16 matmul of a new
+    shape takes longer to prepare than to do.
 
-    Up to PAD - 1 rows for each expert make its number of rows a multiple of PAD; the last takes
-    what the others do not need, so that N depends on no choice and no GPU has to be waited for.
+    Each expert gets 1 to PAD more rows, to the next multiple of PAD; the last gets what is left of
+    E * PAD rows, so that N depends on no choice and no GPU has to be waited for.
     """
     lacks = torch.arange(PAD, device=expert.device) >= (count(expert, E) % PAD).unsqueeze(1)
     padding = torch.arange(E, device=expert.device).unsqueeze(1).where(lacks, E - 1).flatten()
@@ -557,9 +565,9 @@ def size_against_moe(D, d_ffn, d_low):
 
 def default_d_low(D, d_ffn):
     """The multiple of 8 that is nearest to a third of D (of d_ffn, if that is less), among those
-    that give an expert moe's size to 1 %; among all, if none does."""
+    that give an expert the size of one of moe's to 1 %; among all, if none does."""
     third = min(D, d_ffn) / 3
-    return min(range(8, int(2 * third) + 8, 8), key=lambda d_low: (
+    return min(range(8, max(9, int(2 * third) + 8), 8), key=lambda d_low: (
         abs(size_against_moe(D, d_ffn, d_low) - 1) > 0.01, abs(d_low - third)))
 
 
@@ -584,7 +592,7 @@ def choose_by_another_rule(p, config):
     if config.select == 'top_p':
         q, I = q.sort(descending=True)
         before = q.cumsum(-1) - q                                  # what the likelier ones reach
-        return I.masked_fill(before >= config.top_p, -1)
+        return I.masked_fill((before > 0) & (before >= config.top_p), -1)
     capacity = min(T, max(1, round(config.capacity_factor * T / E)))
     best = q.topk(capacity, dim=0).indices                         # tokens: (capacity, E)
     taken = torch.zeros_like(q, dtype=torch.bool).scatter(0, best, True)       # (T, E)

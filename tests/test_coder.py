@@ -8,10 +8,8 @@ import numpy as np
 import torch
 
 import prepare_data
-import train
-from configurator import parse
-from conftest import ROOT, SMALL, table_of
-from train import Stop, TrainConfig, load_model, plan_runs
+from conftest import ROOT, table_of
+from sample import load_model
 
 sys.path.insert(0, os.path.join(ROOT, 'tests', 'tools'))
 
@@ -19,16 +17,12 @@ import coder
 from coder import main, shares_of_code
 
 
-def test_the_share_of_code_against_a_loop_over_tokens(workspace, monkeypatch, capsys, refuse):
+def test_the_share_of_code_against_a_loop_over_tokens(train_here, monkeypatch, capsys, refuse):
     assert prepare_data.prose_and_code.__defaults__ == (coder.TURN,)
-    monkeypatch.chdir(workspace)
-    monkeypatch.setattr(train, 'draw', lambda *_: None)            # which takes seconds
-    keys, _ = parse(TrainConfig, [*SMALL, '--mlp=moe,dense', '--out_dir=out/coder'], '')
-    for run in plan_runs({}, keys):
-        train.train(run, Stop())
-    assert 'prose_and_code' in refuse(main, 'out/coder/moe')
-    monkeypatch.setattr(coder, 'DATASET', 'code')
+    for mlp in ('moe', 'dense'):
+        train_here(f'--mlp={mlp}', '--out_dir=out/coder')
     monkeypatch.setattr(coder, 'TURN', 7)
+    monkeypatch.setattr(coder, 'DATASET', 'code')
     text = open('code.txt', encoding='utf-8').read()
     model, meta, _ = load_model('out/coder/moe', 'cpu')
     first = meta['train_tokens']
@@ -42,11 +36,10 @@ def test_the_share_of_code_against_a_loop_over_tokens(workspace, monkeypatch, ca
                     handled[layer, place // 7 % 2, expert] += 1
     shares = handled[:, 1] / handled.sum(1)
     np.testing.assert_allclose(shares_of_code('out/coder/moe', 60), shares, atol=1e-3)
-    assert 'expected a run with experts' in refuse(main, 'out/coder/dense')
+    assert 'expected a run with experts on code' in refuse(main, 'out/coder/dense')
     assert 'expected folders of runs' in refuse(main)
     layers = torch.tensor([[0.7, 0.25, math.nan], [1.0, 0.0, 0.504]])
     monkeypatch.setattr(coder, 'shares_of_code', lambda folder: layers[:len(folder) - 11])
-    capsys.readouterr()
     main(['out/coder/moe', 'out/coder/m'])
     table = table_of(capsys.readouterr().out)
     assert (table['out/coder/moe'], table['out/coder/m']) == (['25 70', '0 50 100'], ['', ''])

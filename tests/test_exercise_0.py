@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from configurator import read_text
+from configurator import read_text, write_text
 from conftest import ROOT
 
 sys.path.insert(0, os.path.join(ROOT, 'tests', 'tools'))
@@ -17,14 +17,14 @@ WHOLE = read_text(os.path.join(ROOT, 'model.py'))
 
 @pytest.mark.parametrize('right, wrong, reds', (
     ('', '', 0),
-    ('I = self.choose(p)', 'I = self.choose(-p)', 4),
-    ('w = self.weigh(p, I)', 'w = p.softmax(-1).gather(1, I)', 4),
-    ('return C, norm(C)', 'return C, norm(C) ** 2', 2),
-    ('experts(x, I, w, C)', 'experts(x, I, w.detach(), C)', 2),
-    ('self.auxiliary_loss(p, I))', 'p.new_zeros(()))', 4),
-    ('self.auxiliary_loss(p, I))', 'self.auxiliary_loss(p.detach(), I))', 4),
-    ('Routing(p.detach(), I,', 'Routing(p.detach(), I * 0,', 4),
-    ('import math', 'import maths', 4), ('import math', 'import math (', 4)))
+    ('I = self.choose(p)', 'I = self.choose(-p)', 3),
+    ('w = self.weigh(p, I)', 'w = p.softmax(-1).gather(1, I)', 3),
+    ('d_judge])', 'd_judge]) ** 2', 1),
+    ('experts(x, I, w, C)', 'experts(x, I, w.detach(), C)', 1),
+    ('auxiliary_loss(p, I)', 'auxiliary_loss(p, I) * 0', 3),
+    ('auxiliary_loss(p, I)', 'auxiliary_loss(p.detach(), I)', 3),
+    ('Routing(p.detach(), I,', 'Routing(p.detach(), I * 0,', 3),
+    ('import math', 'import maths', 3), ('import math', 'import math (', 3)))
 def test_an_edit_that_is_not_the_papers_is_red(right, wrong, reds, tmp_path):
     assert right in WHOLE
     yours = tmp_path / 'model.py'
@@ -34,14 +34,12 @@ def test_an_edit_that_is_not_the_papers_is_red(right, wrong, reds, tmp_path):
 
 def test_the_command_makes_the_copy_and_keeps_what_is_in_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for printed in ('made out/exercise_0/model.py', 'red    moe, whole gate: NotImpl'):
+    for printed in ('made out/exercise_0/model.py', 'red    moe, whole gate: NotImpl', 'green'):
         with pytest.raises(SystemExit) as end:
             main([])
-        assert end.value.code and printed in capsys.readouterr().out
-    empty = read_text(YOURS)
-    assert empty == emptied(WHOLE) and empty.count('yours to write: Algorithm') == 2
-    with open(YOURS, 'w', encoding='utf-8') as file:
-        file.write(WHOLE)
-    with pytest.raises(SystemExit) as end:
-        main([])
-    assert not end.value.code and 'green' in capsys.readouterr().out
+        assert printed in capsys.readouterr().out and end.value.code == (printed != 'green')
+        empty = read_text(YOURS)
+        if 'red' in printed:
+            assert empty == emptied(WHOLE) and empty.count('yours to write: Algorithm') == 2
+            assert 'class WholeAoE' in WHOLE and 'class WholeAoE' not in empty
+            write_text(YOURS, WHOLE)

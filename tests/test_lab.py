@@ -1,5 +1,4 @@
-"""The lab: its notebook is its page and runs, its commands and edits work, and its numbers are
-those of the results beside it."""
+"""The lab: its notebook, its commands and its edits work; its numbers are those of its results."""
 
 import json
 import os
@@ -13,7 +12,8 @@ import torch
 
 from conftest import ROOT
 from configurator import parse, read_config_file, read_text
-from train import TrainConfig, group, losses_of, plan_runs, read_results
+from sample import half_interval
+from train import TrainConfig, plan_runs
 
 sys.path.insert(0, os.path.join(ROOT, 'tests', 'tools'))
 from notebook import REPO, main, notebook, old_and_new
@@ -33,11 +33,9 @@ def test_the_notebook_is_the_page(tmp_path, refuse):
               "edit('''": 3, "show('out/lab/": 5, '> My prediction:': 5, '<details>': 5}
     cells = sources(notebook())
     assert {start: sum(cell.startswith(start) for cell in cells) for start in starts} == starts
-    path = tmp_path / 'lab.ipynb'
-    main([f'--to={path}', '--more=--seeds=7'])
-    lines = [line for cell in sources(path.read_text()) for line in cell.splitlines()]
-    trains = [line for line in lines if line.startswith('!python train.py')]
-    assert all(line.endswith(' --seeds=7') for line in trains) and len(trains) == 8
+    main([f'--to={tmp_path}/lab.ipynb', '--more=--seeds=7'])
+    cells = '\n'.join(sources((tmp_path / 'lab.ipynb').read_text()))
+    assert re.findall('^!python train.py .*( --seeds=7)$', cells, re.M) == [' --seeds=7'] * 8
     assert "got 'x'" in refuse(main, 'x')
 
 
@@ -59,8 +57,7 @@ def test_the_notebook_runs_to_its_end_from_nothing(tmp_path):
 def test_every_command_plans_three_seeds_of_runs_of_its_own():
     names = []
     for command in re.findall('^    python train.py (config/lab/lab.py.*)$', PAGE, re.M):
-        values, files = parse(TrainConfig, command.split(), '')
-        from_file = {}
+        (values, files), from_file = parse(TrainConfig, command.split(), ''), {}
         for file in files:
             from_file |= read_config_file(TrainConfig, os.path.join(ROOT, file))
         runs = plan_runs(from_file, values)
@@ -70,43 +67,41 @@ def test_every_command_plans_three_seeds_of_runs_of_its_own():
 
 
 def test_every_edit_fits_model_py_and_trains():
-    code, edits = read_text(os.path.join(ROOT, 'model.py')), 0
+    assert PAGE.count('```diff') == 9
     for exercise in re.split('^## |git checkout model.py', PAGE, flags=re.M)[1:]:
-        edited = code
-        for diff in re.findall(r'```diff\n(.*?)```', exercise, flags=re.S):
-            old, new = old_and_new(diff)
+        edited = read_text(os.path.join(ROOT, 'model.py'))
+        for old, new in map(old_and_new, re.findall(r'```diff\n(.*?)```', exercise, re.S)):
             assert edited.count(old) == 1, old
             edited = edited.replace(old, new)
-            edits += 1
         module = sys.modules['edited'] = types.ModuleType('edited')        # for dataclasses
         exec(edited, module.__dict__)
-        model = module.GPT(module.GPTConfig(mlp='aoe', vocab_size=8, n_layer=1, n_embd=32,
-                                            n_head=2))
+        model = module.GPT(module.GPTConfig(vocab_size=8, n_layer=1, n_embd=32, n_head=2))
         tokens = torch.arange(16).view(2, 8) % 8
-        _, loss, _ = model(tokens, tokens)
+        loss = model(tokens, tokens)[1]
         loss.backward()
         assert loss.isfinite()
-    assert edits == 9
 
 
-# -----------------------------------------------------------------------------
 # numbers, told as 'aoe 1.808', 'again 1.814' and 'aoe minus moe +0.014 ± 0.016'
 
-RESULTS, AGAIN = (group(read_results(os.path.join(LAB, file)))
-                  for file in ('lab.jsonl', 'again.jsonl'))
+def losses_in(file):
+    """Run -> the lowest losses of seeds 7, 8 and 9."""
+    results = map(json.loads, read_text(os.path.join(LAB, file)).splitlines())
+    loss = {(result['run'], result['seed']): result['lowest_val_loss'] for result in results}
+    return {run: [loss[run, seed] for seed in (7, 8, 9)] for run, _ in loss}
+
+
+RESULTS, AGAIN = losses_in('lab.jsonl'), losses_in('again.jsonl')
 RUN = '|'.join(sorted(RESULTS.keys() | AGAIN.keys(), key=len, reverse=True))
 
 
-def mean(seeds):
-    return f'{statistics.mean(losses_of(seeds)):.3f}'
+def mean(losses):
+    return f'{statistics.mean(losses):.3f}'
 
 
 def minus(runs, name, other):
-    """The mean of the differences, ± half of a 95 % interval."""
-    differences = [runs[name][seed]['lowest_val_loss'] - runs[other][seed]['lowest_val_loss']
-                   for seed in (7, 8, 9)]
-    half = 4.303 * statistics.stdev(differences) / 3 ** 0.5        # Student's t
-    return f'{statistics.mean(differences):+.3f} ± {half:.3f}'
+    differences = [a - b for a, b in zip(runs[name], runs[other])]
+    return f'{statistics.mean(differences):+.3f} ± {half_interval(differences):.3f}'
 
 
 @pytest.mark.parametrize('page, least', [(PAGE, 10), (ANSWERS, 13)])
@@ -114,20 +109,18 @@ def test_losses_on_the_pages_are_those_of_the_results(page, least):
     text = ' '.join(page.split())
     losses = re.findall(rf'\b({RUN}) (1\.\d{{3}})\b(?: and again (1\.\d{{3}}))?', text)
     for name, loss, again in losses:
-        assert loss == mean((RESULTS | {'dense_longer': AGAIN['dense_longer']})[name]), name
+        assert loss == mean((AGAIN | RESULTS)[name]), name
         assert again in ('', mean(AGAIN.get(name, RESULTS['moe']))), name
     differences = re.findall(rf'(again, )?\b({RUN}) minus ({RUN}) ([+-]0\.\d+ ± 0\.\d+)', text)
-    for again, name, other, difference in differences:
-        assert difference == minus(AGAIN if again else RESULTS, name, other), (name, other)
+    for again, name, other, told in differences:
+        assert told == minus(AGAIN if again else RESULTS, name, other), (name, other)
     assert len(losses) + len(differences) >= least
 
 
 def test_losses_without_training_are_those_that_were_printed():
-    means = []
-    for command in re.split(r'^\$ ', read_text(os.path.join(LAB, 'eval_only.txt')), flags=re.M)[1:]:
-        for mlp in ('aoe', 'moe'):
-            losses = re.findall(rf'^{mlp}-\d .* val loss (\S+)', command, re.M)
-            means.append((mlp, f'{statistics.mean(map(float, losses)):.3f}'))
+    commands = re.split(r'^\$ ', read_text(os.path.join(LAB, 'eval_only.txt')), flags=re.M)[1:]
+    means = {(mlp, mean(map(float, re.findall(rf'^{mlp}-\d .* val loss (\S+)', command, re.M))))
+             for command in commands for mlp in ('aoe', 'moe')}
     told = [(mlp, loss) for mlp, cells in re.findall(r'^\| (aoe|moe) \|(.*)\|$', PAGE, re.M)
             for loss in re.findall(r'\b\d\.\d{3}\b', cells) if ' ± ' not in cells]
-    assert {*told} == {*means} and len(told) == 16
+    assert {*told} == means and len(told) == 16

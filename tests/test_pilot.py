@@ -9,28 +9,26 @@ import pytest
 import torch
 
 import train
-from configurator import parse
-from conftest import ROOT, SMALL, table_of
-from model import MLPS, GPTConfig
-from train import Stop, TrainConfig, mean_and_spread, plan_runs, read_result
+from conftest import ROOT, SMALL, run_here, table_of
+from model import GPTConfig, mlp_of
+from sample import mean_and_spread, read_result
 
 sys.path.insert(0, os.path.join(ROOT, 'tests', 'tools'))
 
-import compare
 from pilot import CHOICES, NODES, ORDERS, choose_by, main
 
 
 @pytest.mark.parametrize('factorised', (False, True))
 def test_experts_are_chosen_by_the_norm_of_a_node_and_weighted_by_the_router(factorised):
     torch.manual_seed(0)
-    m = MLPS['moe'](GPTConfig(mlp='moe', n_embd=16, n_head=1, n_expert=5, d_ffn=24,
-                              factorised=factorised, d_low=8)).double()
+    m = mlp_of(GPTConfig(mlp='moe', n_embd=16, n_head=1, n_expert=5, d_ffn=24,
+                         factorised=factorised, d_low=8)).double()
     for p in m.parameters():
         torch.nn.init.normal_(p, std=0.5)
     x = torch.randn(20, 16, dtype=torch.float64)
     nodes = []                                                     # of each expert and token
     for i in range(5):
-        g = x @ (m.w_down[:, 8 * i:8 * i + 8] @ m.w_up[i] if factorised else m.w_g[i])
+        g = x @ (m.w_down[i] @ m.w_up[i] if factorised else m.w_g[i])
         u, silu = x @ m.w_p[i], g / (1 + (-g).exp())
         nodes.append({'g': g, 'u': u, 'silu': silu, 'product': silu * u,
                       'output': silu * u @ m.w_o[i]})
@@ -53,20 +51,16 @@ def test_every_choice_is_evaluated_and_what_cannot_be_averaged_is_apart(
     monkeypatch.setattr(train, 'draw', lambda *_: None)            # which takes seconds
     for keys in (['--mlp=moe', '--seeds=1,2'], ['--mlp=aoe', '--seeds=1'],
                  ['--mlp=moe', '--seeds=3', '--learning_rate=1e-3']):
-        for run in plan_runs({}, parse(TrainConfig, [*SMALL, '--out_dir=out/pilot', *keys], '')[0]):
-            train.train(run, Stop())
-    capsys.readouterr()
-    main(['out/pilot/moe-*', '--json=out/pilot/table.jsonl'])
+        run_here(train.main, *SMALL, '--out_dir=out/pilot', *keys)
+    main(['out/pilot/moe-*'])
     table = table_of(capsys.readouterr().out)
     two, one = table.pop('chosen by')
     assert (two[:24], one[:24]) == ('moe (learning_rate 0.002', 'moe (learning_rate 0.001')
     assert len(table) == 17 and len({tuple(losses) for losses in table.values()}) > 4
     lowest = [read_result(f'out/pilot/moe-{seed}')['lowest_val_loss'] for seed in (1, 2, 3)]
     assert table['router'] == [mean_and_spread(lowest[:2]), mean_and_spread(lowest[2:])]
-    compare.main(['out/pilot/table.jsonl', '--table=True'])
-    assert table_of(capsys.readouterr().out) == table | {'chosen by': [two, one]}
-    for folders, says in ((['out/pilot/aoe-1'], 'expected a run with --mlp=moe, got aoe'),
-                          (['out/none'], 'out/none: expected the folder of a run'),
-                          (['out/pilot/moe-1', 'out/pilot/moe-[12]'], "'moe', seed 1, again"),
-                          ([], 'expected folders of runs')):
-        assert says in refuse(main, *folders)
+    for arguments, says in ((['out/pilot/aoe-1'], 'expected a run with --mlp=moe, got aoe'),
+                            (['out/none'], 'out/none: expected the folder of a run'),
+                            (['--seeds=1'], "such as out/table2/moe-1, got --seeds=1"),
+                            ([], 'such as out/table2/moe-1, got none')):
+        assert says in refuse(main, *arguments)

@@ -160,15 +160,15 @@ def test_the_page_of_a_run(tmp_path, capsys, changes):
 def test_what_stands_out(tmp_path, refuse):
     assert stand_outs(evaluation(1.0)) == NOTES
     assert stand_outs(evaluation(1.0) | {'class_load': []}) == [[], []]    # of gpt2's tokens
-    folder, _ = make_run(tmp_path)
+    arguments = [make_run(tmp_path)[0], '--show_experts=True', '--max_new_tokens=2']
     # the page tells those of the evaluation that best.pt is of, the lowest
     log = [evaluation(loss) | {'load': load} for loss, load in ((3.0, []), (1.0, LOAD), (2.0, []))]
     (tmp_path / 'log.jsonl').write_text(sample.as_lines(log))
-    sample.main([folder, '--show_experts=True', '--max_new_tokens=2'])
+    sample.main(arguments)
     assert data_of(tmp_path)['notes'] == [[list(note) for note in notes] for notes in NOTES]
     for text in ('{', '3\n', '{}\n', ''):
         (tmp_path / 'log.jsonl').write_text(text)
-        assert 'log.jsonl: expected ' in refuse(sample.main, folder, '--show_experts=True')
+        assert 'log.jsonl: expected ' in refuse(sample.main, *arguments)
 
 
 @pytest.mark.slow

@@ -3,53 +3,49 @@ Exercise 0: write MoE and AoE yourself.
 
     python tests/tools/exercise_0.py
 
-makes out/exercise_0/model.py, a copy of model.py in which MoE.forward and AoE.forward
-are empty. Fill them in, by Algorithms 1 and 2 of the paper, with what is there: route
-or look, choose, weigh, experts, auxiliary_loss and Routing. The same command then
-judges them, by a loop over tokens and experts written from the paper, with both ways
-to make a gate.
+makes out/exercise_0/model.py, a copy of model.py in which MoE.forward and AoE.forward are empty;
+WholeAoE, which looks like AoE, is left out. Fill them in, by Algorithms 1 and 2 of the paper, with
+what is there: route, of_all, norm, choose, weigh, experts, auxiliary_loss and Routing. The same
+command then judges them, by a loop over tokens and experts written from the paper.
 """
 
 import ast
-import importlib.util
 import os
 import sys
+import types
 
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
-import configurator
-from configurator import UserError, read_text, write_text
+from configurator import UserError, read_text, run, write_text
 
 YOURS = 'out/exercise_0/model.py'
 ALGORITHM = {'MoE': 'Algorithm 1', 'AoE': 'Algorithm 2'}
 
 
 def emptied(source):
-    """The source of model.py without the two bodies."""
+    """The source of model.py without the two bodies, and without WholeAoE."""
     lines = source.splitlines(keepends=True)
-    for node in reversed(ast.parse(source).body):
-        if getattr(node, 'name', None) in ALGORITHM:
+    for node in reversed(ast.parse(source).body):        # from below, so that numbers stay right
+        name = getattr(node, 'name', None)
+        if name == 'WholeAoE':
+            del lines[node.lineno - 1:node.end_lineno + 2]         # and two blank lines
+        elif name in ALGORITHM:
             forward, = (f for f in node.body if getattr(f, 'name', None) == 'forward')
             lines[forward.body[0].lineno - 1:forward.end_lineno] = [
-                f"        raise NotImplementedError('yours to write: {ALGORITHM[node.name]}')\n"]
+                f"        raise NotImplementedError('yours to write: {ALGORITHM[name]}')\n"]
     return ''.join(lines)
 
 
 def by_the_paper(m, x):
-    """h (T, D), scores p and weights (T, E), and L_aux of a layer, one token and one expert after
-    the other."""
+    """h (T, D), scores and weights (T, E), L_aux of a layer, one token and one expert at a time."""
     c, E = m.config, m.config.n_expert
-    h, p, weights = [], [], []           # of each token
-
-    def down(i):                         # Wdown_i: of a whole gate, the first of its neurons
-        return (m.w_down[:, i * c.d_low:(i + 1) * c.d_low] if c.factorised
-                else m.w_g[i, :, :c.d_judge])
+    h, p, weights = [], [], []                                     # of each token
 
     def score(x, i):
-        return x @ m.router[:, i] if c.mlp == 'moe' else (x @ down(i)).square().sum().sqrt()
+        return x @ m.router[:, i] if c.mlp == 'moe' else (x @ m.w_down[i]).square().sum().sqrt()
 
     for token in x:
         scores = [score(token, i) for i in range(E)]
@@ -58,34 +54,33 @@ def by_the_paper(m, x):
         w = [scores[i].exp() / total if i in best else torch.zeros(()) for i in range(E)]
         y = []
         for i in best:
-            gate = token @ down(i) @ m.w_up[i] if c.factorised else token @ m.w_g[i]
+            gate = token @ m.w_down[i] @ m.w_up[i] if c.factorised else token @ m.w_g[i]
             y.append(w[i] * ((gate * torch.sigmoid(gate) * (token @ m.w_p[i])) @ m.w_o[i]))
         h.append(sum(y))
         p.append(torch.stack(scores))
         weights.append(torch.stack(w))
     h, p, weights = torch.stack(h), torch.stack(p), torch.stack(weights)
-    f, P = (weights > 0).float().mean(0), (p.exp() / p.exp().sum(1, keepdim=True)).mean(0)
-    return h, p, weights, c.aux_weight * E * (f * P).sum()
+    f = (weights > 0).float().mean(0)
+    mean_p = (p.exp() / p.exp().sum(1, keepdim=True)).mean(0)
+    return h, p, weights, c.aux_weight * E * (f * mean_p).sum()
 
 
 def by_the_layer(m, x):
     """The same of what the layer gives."""
-    h, routing = m(x)
-    p, I, w, aux_loss = routing
+    h, (p, I, w, aux_loss) = m(x)
     return h, p, torch.zeros_like(p).scatter(1, I, w), aux_loss
 
 
 def judge(path):
     """What is wrong with the layers of the model.py at path: a line for each that is, or none."""
     wrong = []
-    for mlp, factorised in (('moe', False), ('moe', True), ('aoe', True), ('aoe', False)):
+    for mlp, factorised in (('moe', False), ('moe', True), ('aoe', True)):
         name = f'{mlp}, {"factorised" if factorised else "whole"} gate'
         try:
-            spec = importlib.util.spec_from_file_location('yours', path)
-            module = sys.modules['yours'] = importlib.util.module_from_spec(spec)  # for dataclasses
-            spec.loader.exec_module(module)
+            module = sys.modules['yours'] = types.ModuleType('yours')          # for dataclasses
+            exec(read_text(path), module.__dict__)
             torch.manual_seed(0)
-            m = module.MLPS[mlp](module.GPTConfig(
+            m = module.mlp_of(module.GPTConfig(
                 mlp=mlp, factorised=factorised, n_embd=16, n_head=2, d_ffn=24, n_expert=5, top_k=2,
                 aux_weight=0.01))
             for parameter in m.parameters():
@@ -127,4 +122,4 @@ def main(arguments):
 
 
 if __name__ == '__main__':
-    configurator.run(main)
+    run(main)

@@ -4,9 +4,8 @@ Write the lab's notebook: the core of config/lab/README.md, cell by cell.
     python tests/tools/notebook.py
     python tests/tools/notebook.py --to=slow_machine.ipynb --more=--seeds=7
 
-Commands and edits of model.py are cells to be run, the place for a prediction is one to
-write in, and pictures and pages of out/lab are shown below the paragraph that names them.
---more is added to each command that trains.
+Commands and edits of model.py become cells to run; pictures and pages of out/lab are shown below
+the paragraph that names them. --more is added to each command that trains.
 """
 
 import json
@@ -62,16 +61,13 @@ def edit(old, new):
 @dataclass
 class NotebookConfig:
     """The keys of this script."""
-    # keys
     to: str = os.path.join(LAB, 'lab.ipynb')   # the notebook to write
     more: str = ''                       # added to each command that trains
 
 
 def old_and_new(diff):
     """What the lines of a diff were, and what they become."""
-    lines = diff.splitlines(keepends=True)
-    return (''.join(line[1:] for line in lines if line[0] != '+'),
-            ''.join(line[1:] for line in lines if line[0] != '-'))
+    return (re.sub(r'^\+.*\n|^.', '', diff, flags=re.M), re.sub(r'^-.*\n|^.', '', diff, flags=re.M))
 
 
 def cells_of(page, more):
@@ -92,16 +88,16 @@ def cells_of(page, more):
 def notebook(more=''):
     """The notebook as text: how to start, the core, what we measured."""
     start, core, measured, _ = read_text(os.path.join(LAB, 'README.md')).split('\n# ')
-    page = '\n# '.join([start.partition('\n## ')[0], core, measured])
+    start = start.partition('\n## ')[0]                             # without exercise 0
     pieces = [('markdown', BEFORE), ('code', SETUP)]
-    for kind, source in cells_of(page, more):
+    for kind, source in cells_of('\n# '.join([start, core, measured]), more):
         before, text = pieces[-1]
         if 'code' in (kind, before) or source[0] in '#<>' or text[0] == '>':
             pieces.append((kind, source))
         else:                            # paragraphs share a cell
             pieces[-1] = kind, f'{text}\n{source}'
-    results = {'markdown': {}, 'code': {'execution_count': None, 'outputs': []}}
-    cells = [{'cell_type': kind, 'id': f'cell-{i}', 'metadata': {}, **results[kind],
+    more_of = {'markdown': {}, 'code': {'execution_count': None, 'outputs': []}}
+    cells = [{'cell_type': kind, 'id': f'cell-{i}', 'metadata': {}, **more_of[kind],
               'source': source.strip().splitlines(keepends=True)}
              for i, (kind, source) in enumerate(pieces)]
     return json.dumps({'cells': cells, 'metadata': {'language_info': {'name': 'python'}},

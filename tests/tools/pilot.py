@@ -1,21 +1,18 @@
 """
-The pilot of the paper's Tables 1, 6 and 7: a trained MoE loses its router. For
-each token the K experts go on that have the largest norm at an inner node; the
-router only weights them. No weight changes.
+The pilot of the paper's Tables 1, 6 and 7: a trained MoE chooses without its router. For each token
+the K experts go on that have the largest norm at an inner node; the router only weighs them.
 
     python train.py config/small.py config/paper/table2.py --seeds=1
     python tests/tools/pilot.py out/table2/moe*-1
 
-The arguments are folders of runs with --mlp=moe, or patterns of them. Prints the
-validation loss of each choice, its mean and standard deviation where a run has
-several seeds.
+The arguments are folders of runs with --mlp=moe, or patterns of them. Prints the validation loss of
+each choice, its mean and standard deviation where a run has several seeds.
 """
 
 import glob
 import math
 import os
 import sys
-from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -23,20 +20,13 @@ from tqdm import tqdm
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
-import configurator
-import train
-from configurator import UserError, parse, write_text
+from configurator import UserError, choose_device, run
 from model import MoE, at_least_float32
+from sample import group, load_model, mean_and_spread, print_rows, read_result
+from train import Data, TrainConfig, evaluate
 
 NODES = ('g', 'u', 'silu', 'product', 'output')
 ORDERS = (1.0, 2.0, math.inf)
-
-
-@dataclass
-class TableConfig:
-    """The keys of this script, and of coder.py."""
-    # keys
-    json: str | None = None              # write the table to this file, too, a line for each row
 
 
 def value(layer, x, i, node):
@@ -44,7 +34,7 @@ def value(layer, x, i, node):
     if node == 'u':
         return x @ layer.w_p[i]                                    # (T, d_ffn)
     if layer.config.factorised:
-        y = layer.look_through(layer.w_down, x)[:, i] @ layer.w_up[i]
+        y = x @ layer.w_down[i] @ layer.w_up[i]
     else:
         y = x @ layer.w_g[i]
     if node != 'g':
@@ -78,61 +68,57 @@ def choose_by(layer, scores):
     layer.choose = lambda p: MoE.choose(layer, scores(layer, seen['x']))
 
 
-def folders_of(patterns):
-    """The folders that the patterns match; what matches none is a folder's name. Refuses none."""
-    if not patterns:
-        raise UserError('expected folders of runs, such as out/table2/moe-1, got none')
-    return [folder for pattern in patterns for folder in sorted(glob.glob(pattern)) or [pattern]]
+def folders_of(arguments, usage):
+    """The folders that the arguments, which are patterns, match; what matches none is a folder's
+    name. --help prints the usage and ends. Raises UserError."""
+    if {'-h', '--help'} & {*arguments}:
+        print(usage.strip())
+        sys.exit(0)
+    if not arguments or arguments[0].startswith('-'):
+        raise UserError('expected folders of runs, such as out/table2/moe-1, got '
+                        f'{arguments[0] if arguments else "none"}')
+    return [folder for pattern in arguments for folder in sorted(glob.glob(pattern)) or [pattern]]
 
 
 def read_runs(folders):
-    """Run -> {seed: result}, each with its folder. Seeds of other recipes are other runs."""
+    """Run -> {seed: result}. Seeds of other recipes are other runs."""
     results = []
     for folder in folders:
         try:
-            results.append(train.read_result(folder) | {'folder': folder})
-        except (ValueError, TypeError, KeyError, IndexError):
-            raise UserError(f'{folder}: expected the folder of a run of train.py, got another, or '
-                            'none') from None
-        if results[-1]['recipe']['mlp'] != 'moe':
-            raise UserError(f'{folder}: expected a run with --mlp=moe, got '
-                            f'{results[-1]["recipe"]["mlp"]}')
-    return train.group(results)
+            results.append(read_result(folder))
+        except (OSError, ValueError, TypeError, KeyError, IndexError):
+            raise UserError(f'{folder}: expected the folder of a run, got another') from None
+        mlp = results[-1]['recipe']['mlp']
+        if mlp != 'moe':
+            raise UserError(f'{folder}: expected a run with --mlp=moe, got {mlp}')
+    return group(results)
 
 
 def losses_of(result):
     """The validation loss of a run with experts chosen by each of CHOICES."""
-    device, recipe = train.choose_device('auto'), result['recipe']
-    model, meta, dtype = train.load_model(result['folder'], device)
-    data = train.Data(train.TrainConfig(dataset=result['dataset'], **{
+    device, recipe = choose_device('auto'), result['recipe']
+    model, meta, dtype = load_model(result['from'], device)
+    data = Data(TrainConfig(dataset=result['dataset'], **{
         key: recipe[key] for key in ('block_size', 'batch_size', 'eval_iters')}), device)
     if data.meta['sha256'] != meta['sha256']:
-        raise UserError(f'{result["dataset"]}: expected the text of {result["folder"]}, got '
-                        'another')
+        raise UserError(f'{result["dataset"]}: expected the text of {result["from"]}')
     torch.manual_seed(result['seed'])                              # of the random choice
-    autocast, losses = torch.autocast(device.type, dtype, enabled=dtype != torch.float32), []
-    for scores in tqdm(CHOICES.values(), desc=result['folder'], unit='choice', disable=None):
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    losses = []
+    for scores in tqdm(CHOICES.values(), desc=result['from'], unit='choice', disable=None):
         for layer in model.modules():
             if isinstance(layer, MoE):
                 choose_by(layer, scores)
-        losses.append(train.evaluate(model, data, autocast, ['val'])['val_loss'])
+        losses.append(evaluate(model, data, autocast, ['val'])['val_loss'])
     return losses
 
 
-def print_table(rows, config):
-    """Print rows of strings, and write them to config.json: an object for each, by column."""
-    train.print_rows(rows)
-    if config.json:
-        write_text(config.json, train.as_lines(dict(zip(rows[0], row)) for row in rows[1:]))
-
-
 def main(arguments):
-    values, patterns = parse(TableConfig, arguments, __doc__)
-    runs = read_runs(folders_of(patterns))
-    columns = [map(train.mean_and_spread, zip(*map(losses_of, seeds.values())))
+    runs = read_runs(folders_of(arguments, __doc__))
+    columns = [map(mean_and_spread, zip(*map(losses_of, seeds.values())))
                for seeds in runs.values()]
-    print_table([('chosen by', *runs), *zip(CHOICES, *columns)], TableConfig(**values))
+    print_rows([('chosen by', *runs), *zip(CHOICES, *columns)])
 
 
 if __name__ == '__main__':
-    configurator.run(main)
+    run(main)

@@ -1,15 +1,14 @@
 """
-The toy experiment of the paper's appendix B: two experts, one for each token,
-and Gaussian vectors to classify. Stage one has two classes whose means are
-opposite; stage two adds a third around zero. Who handles which class?
+The toy experiment of the paper's appendix B: two experts, one for each token, and Gaussian vectors
+to classify. Stage one has two classes whose means are opposite; stage two adds a third around zero.
+Who handles which class?
 
     python tests/tools/toy.py             # some seconds; draws out/toy.png
 
-A linear router tells opposite means apart: what share of one class moe sends
-to an expert, that share of the other goes to the other expert. A norm is the
-same for x and -x: one of aoe's experts takes both. With one expert for each
-token the softmax over the chosen is 1, so that the router has no gradient and
-stays as it was drawn (Algorithm 1), while Wdown learns through the gate.
+A linear router tells opposite means apart: what share of one class moe sends to an expert, that
+share of the other goes to the other expert. A norm is the same for x and -x: one of aoe's experts
+takes both. With one expert for each token the softmax over the chosen is 1, so that the router has
+no gradient and stays as it was drawn, while Wdown learns through the gate.
 """
 
 import contextlib
@@ -18,14 +17,14 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
-import configurator
-from configurator import UserError
-from model import MLPS, GPTConfig
-from train import COLOR_OF, pyplot, save_figure
+from configurator import UserError, run
+from model import GPTConfig, mlp_of
+from sample import COLOR_OF, save_figure
 
 D, SIGMAS, STEPS = 64, 3.0, 300          # SIGMAS: each number of a mean is this far from 0
 SIGN = torch.tensor([1.0, -1.0, 0.0])    # the mean of each class, in units of SIGMAS
@@ -38,11 +37,10 @@ def draw_tokens(n, classes):
 
 
 def shares(mlp, seed):
-    """Train the layer and a linear head on both stages. Returns after each (share of each class's
-    tokens that the first class's expert handles, accuracy on the classes that were trained). The
-    first class's is the expert that handles most of it: of its share s in one, max(s, 1 - s)."""
+    """Train the layer and a linear head on both stages. Returns after each (the share of each class
+    that goes to the main expert of the first, the accuracy on the classes that were trained)."""
     torch.manual_seed(seed)
-    layer = MLPS[mlp](GPTConfig(mlp=mlp, n_embd=D, n_head=1, n_expert=2, top_k=1, d_ffn=D, d_low=8))
+    layer = mlp_of(GPTConfig(mlp=mlp, n_embd=D, n_head=1, n_expert=2, top_k=1, d_ffn=D, d_low=8))
     head = torch.nn.Linear(D, 3, bias=False)
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=p.shape[-2] ** -0.5)
@@ -59,8 +57,8 @@ def shares(mlp, seed):
             h, routing = layer(x)
             expert, right = routing.chosen[:, 0], head(h).argmax(1) == label
         main_expert = expert[label == 0].mode().values
-        results.append(([(expert[label == k] == main_expert).float().mean().item()
-                         for k in range(3)], right[label < classes].float().mean().item()))
+        share = [(expert[label == k] == main_expert).float().mean().item() for k in range(3)]
+        results.append((share, right[label < classes].float().mean().item()))
     return results
 
 
@@ -70,22 +68,20 @@ def main(arguments):
         return print(__doc__.strip())
     if more or path.startswith('-'):
         raise UserError(f'expected the path of a picture, got {" ".join(arguments)!r}')
-    figure, panels = pyplot().subplots(2, 2, figsize=(7, 5), sharey=True, layout='constrained')
-    for row, mlp in zip(panels, ('moe', 'aoe')):
+    figure = Figure(figsize=(7, 5), layout='constrained')
+    for row, mlp in zip(figure.subplots(2, 2, sharey=True), ('moe', 'aoe')):
         seeds = [shares(mlp, seed) for seed in range(3)]
         for stage, axes in enumerate(row):
             classes = stage + 2
             for seed, results in enumerate(seeds):
                 share, accuracy = results[stage]
+                handled = ', '.join(f'{s:.2f}' for s in share[:classes])
                 print(f'{mlp}, seed {seed}, stage {stage + 1}: the first class\'s expert handles '
-                      + ', '.join(f'{s:.2f}' for s in share[:classes])
-                      + f'; accuracy {accuracy:.3f}')
+                      f'{handled}; accuracy {accuracy:.3f}')
                 axes.bar([k + (seed - 1) * 0.25 for k in range(classes)], share[:classes], 0.22,
                          color=COLOR_OF[mlp])
-            means = [f'mean {sign * SIGMAS:g}' for sign in SIGN[:classes].tolist()]
-            axes.set_xticks(range(classes), means)
+            axes.set_xticks(range(classes), [f'mean {sign * SIGMAS:g}' for sign in SIGN[:classes]])
             axes.set(title=f'{mlp}, stage {stage + 1}', ylim=(0, 1))
-        for axes in row:
             axes.axhline(0.5, color='black', linestyle='--', linewidth=1)
     figure.supylabel('share of a class that goes to the first class\'s expert')
     figure.supxlabel('a bar: a seed; dashed: as many go to the other expert', fontsize=9)
@@ -96,4 +92,4 @@ def main(arguments):
 
 
 if __name__ == '__main__':
-    configurator.run(main)
+    run(main)
