@@ -24,7 +24,6 @@ import os
 import platform
 import re
 import runpy
-import signal
 import sys
 import types
 import typing
@@ -46,7 +45,6 @@ class UserError(ValueError):
 def run(main):
     """Call main(arguments of the command line). A UserError ends the program with its one line and
     exit status 2, Ctrl-C with 130; and with 141, quietly, that nobody reads its output any more."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)       # scripts may import without it
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors='replace', line_buffering=True)  # a terminal may lack a character
     try:
@@ -112,11 +110,11 @@ def typed(cls, key, value, where='--', note=''):
     options = typing.get_args(known[key]) or (known[key],)
     is_text = str in options and not (value == 'None' and types.NoneType in options)
     if type(value) is str and not is_text:
+        text = value.strip()
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-            code = ast.parse(value.strip(), mode='eval')
-            value = ast.literal_eval(code)
-    if type(value) is dict and where == '--':            # it came from the line, and is in code
-        refuse_a_key_twice(code, f'{where}{key}')
+            value = ast.literal_eval(text)
+        if type(value) is dict:
+            refuse_a_key_twice(text, f'{where}{key}')
     if type(value) is str and key.endswith('_dir'):
         value = os.path.expanduser(value)
     if type(value) is int and float in options:
@@ -130,10 +128,10 @@ def typed(cls, key, value, where='--', note=''):
     raise UserError(f'{where}{key}: expected {expected}, got {value!r:.200}')
 
 
-def refuse_a_key_twice(tree, where):
+def refuse_a_key_twice(code, where):
     """Raise UserError where Python code has a {...} with a key twice. Python keeps the last without
     a word, and one of `runs` would be lost."""
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(code)):
         keys = [key.value for key in getattr(node, 'keys', ()) if isinstance(key, ast.Constant)]
         if len(set(keys)) < len(keys):
             raise UserError(f'{where}: expected each key once, got {keys}')
@@ -147,7 +145,8 @@ def read_config_file(cls, path):
         raise UserError('expected a config file such as config/quick_start.py, or --key=value, '
                         f'got {path!r}: there is no such .py file')
     assigned = runpy.run_path(path)
-    refuse_a_key_twice(ast.parse(read_text(path)), path)
+    with open(path, 'rb') as file:
+        refuse_a_key_twice(file.read(), path)
     note = " (a config file's own names begin with _)"
     return {key: typed(cls, key, value, f'{path}: ', note)
             for key, value in assigned.items() if not key.startswith('_')}
@@ -273,8 +272,9 @@ def bfloat16_gain(rows, D, d, threads):
 
 
 def keep_freed_memory():
-    """Let glibc, where there is one, keep large blocks that are freed. It would return them to the
-    kernel, which clears them page by page when the next step asks again: a quarter of its time."""
+    """Let glibc, where there is one, keep large freed blocks. It would return them to the kernel,
+    which clears them page by page when the next step asks again: a quarter of its time. (To be
+    taken on trust.)"""
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4           # from glibc's malloc.h
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt

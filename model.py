@@ -50,7 +50,7 @@ class GPTConfig:
     top_k: int = 2                       # experts that handle a token, K
     d_ffn: int | None = None             # hidden width of an expert; dense: K times it; None: 4 D
     d_low: int | None = None             # inner width of a factorised gate; None: about D / 3
-    d_judge: int | None = None           # aoe: numbers that score; None: d_low, or D / 6 if whole
+    d_judge: int | None = None           # aoe: numbers that score; None: d_low; unfactorised: D / 6
     aux_weight: float = 0.0              # of L_aux, which evens out the loads; paper: 0, and 0.01
     # other variants, most of the paper's Tables 2 and 3
     router: Literal['linear', 'large'] = 'linear'   # of moe; large has as many numbers as w_down
@@ -142,7 +142,8 @@ class SparseMLP(nn.Module):
         """h (T, D) = sum over i in I of w_i (SiLU(gate_i) * (x Wp_i)) Wo_i.
 
         The chosen pairs of a token and an expert become N rows, sorted by expert; `of_each`
-        multiplies each expert's rows by its matrix (part 3).
+        multiplies each expert's rows by its matrix (part 3). rows.token says which token a row is,
+        rows.pair which place of C, and rows.weight its w_i.
 
         C (T, E, d_low) are the products x Wdown_i, if aoe has computed them for all experts.
         """
@@ -180,12 +181,12 @@ class MoE(SparseMLP):
     def __init__(self, config):
         super().__init__(config)
         D, E = config.n_embd, config.n_expert
-        rows = D
+        n = D
         if config.router == 'large':
-            # Table 2: D rows + rows E numbers, as many as the E matrices Wdown_i of aoe have
-            rows = round(E * config.d_low * D / (D + E))
-            self.router_in = nn.Parameter(torch.empty(D, rows))
-        self.router = nn.Parameter(torch.empty(rows, E))
+            # Table 2: D n + n E numbers, as many as the E matrices Wdown_i of aoe have
+            n = round(E * config.d_low * D / (D + E))
+            self.router_in = nn.Parameter(torch.empty(D, n))
+        self.router = nn.Parameter(torch.empty(n, E))
 
     def forward(self, x):                                          # (T, D)
         p = self.route(x)                                          # R(x): (T, E)
@@ -312,6 +313,7 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin):                                # (B, S, D)
         x = x + self.dropout(self.attention(self.norm_1(x), cos, sin))
+        # cast here once, for all matmuls of the MLP (part 3)
         tokens = as_autocast(self.norm_2(x)).flatten(0, 1)         # (T, D)
         h, routing = self.mlp(tokens)                              # (T, D)
         return x + self.dropout(h.view_as(x)), routing
@@ -474,7 +476,8 @@ def of_each(w, x, rows):
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     if torch.compiler.is_compiling():
         dtypes = (torch.bfloat16,)                       # torch.compile knows no other
-    aligned = w.shape[1] % 8 == 0 and w.shape[2] % 8 == 0          # rows of 16 bytes, or of 32
+    # F.grouped_mm wants rows of whole multiples of 16 bytes
+    aligned = w.shape[1] % 8 == 0 and w.shape[2] % 8 == 0
     if x.dtype in dtypes and aligned and hasattr(F, 'grouped_mm'):
         return F.grouped_mm(x, w, offs=rows.ends)        # the next two lines in one call
     parts = x.tensor_split(rows.ends[:-1].tolist())
@@ -503,7 +506,8 @@ def sort_by_expert(I, w, E):
         # (and wait for the GPU, to know how many are left)
         somebody = expert >= 0
         expert, weight, token = expert[somebody], weight[somebody], token[somebody]
-    weight = weight.masked_fill(expert < 0, 0)           # any nobody that is left weighs nothing
+    # a `choose` of your own may leave -1 in I: such a row is the last expert's, and weighs nothing
+    weight = weight.masked_fill(expert < 0, 0)
     expert = expert.where(expert >= 0, E - 1)
     padding = padding_of(expert, E)
     expert, order = torch.cat([expert, padding]).sort(stable=True)
@@ -524,7 +528,8 @@ def padding_of(expert, E):
     Each expert gets 1 to PAD more rows, to the next multiple of PAD; the last gets what is left of
     E * PAD rows, so that N depends on no choice and no GPU has to be waited for.
     """
-    lacks = torch.arange(PAD, device=expert.device) >= (count(expert, E) % PAD).unsqueeze(1)
+    places = torch.arange(PAD, device=expert.device)               # in an expert's last PAD rows
+    lacks = places >= (count(expert, E) % PAD).unsqueeze(1)        # those that are empty: (E, PAD)
     padding = torch.arange(E, device=expert.device).unsqueeze(1).where(lacks, E - 1).flatten()
     return F.pad(padding, (0, -len(expert) % PAD), value=E - 1)
 
@@ -546,8 +551,8 @@ def fill_in(config):
     if c.mlp != 'aoe':
         c.d_judge = None
     elif c.d_judge is None and c.factorised:
-        c.d_judge = c.d_low
-    elif c.d_judge is None:
+        c.d_judge = c.d_low                                        # the paper's
+    elif c.d_judge is None:                                        # about D / 6
         c.d_judge = min(max(8, 8 * round(c.n_embd / 48)), c.n_embd, c.d_ffn)
 
 
@@ -586,13 +591,14 @@ def choose_by_another_rule(p, config):
     that might handle the token; -1, nobody, where it does not.
 
     top_p: the fewest experts whose probabilities reach top_p together. expert_choice: each expert
-    takes its best tokens of the batch, wherever they stand in it.
+    takes its best tokens of the batch, wherever they stand in it; so later tokens decide, too, and
+    the loss is lower than it could be in use.
     """
     q, (T, E) = p.softmax(-1), p.shape
     if config.select == 'top_p':
         q, I = q.sort(descending=True)
         before = q.cumsum(-1) - q                                  # what the likelier ones reach
-        return I.masked_fill((before > 0) & (before >= config.top_p), -1)
+        return I.masked_fill(before >= config.top_p, -1)
     capacity = min(T, max(1, round(config.capacity_factor * T / E)))
     best = q.topk(capacity, dim=0).indices                         # tokens: (capacity, E)
     taken = torch.zeros_like(q, dtype=torch.bool).scatter(0, best, True)       # (T, E)
@@ -600,6 +606,7 @@ def choose_by_another_rule(p, config):
 
 
 def need(config, key, fits, expected):
+    """configurator.expect, almost; but model.py imports nothing of ours."""
     if not fits:
         raise ValueError(f'{key}: expected {expected}, got {getattr(config, key)!r}')
 
@@ -617,7 +624,7 @@ def refuse_out_of_range(config):
         need(c, key, getattr(c, key) in known, f'one of {", ".join(known)}')
     for key in ('aux_weight', 'conf_weight', 'router_std'):
         need(c, key, 0 <= getattr(c, key) < math.inf, '0 or more')
-    need(c, 'top_p', 0 < c.top_p <= 1, 'more than 0 and at most 1')
+    need(c, 'top_p', 0.001 <= c.top_p <= 1, '0.001 to 1')
     need(c, 'dropout', 0 <= c.dropout < 1, 'a probability below 1')
 
 

@@ -205,7 +205,7 @@ def fingerprint(path):
 
 
 def load_meta(folder):
-    """The meta.json of a data set, a dict. Raises UserError where there is none, or a damaged one."""
+    """The meta.json of a data set, a dict. Raises UserError where there is none, or no whole one."""
     path = os.path.join(folder, 'meta.json')
     if not os.path.exists(path):
         raise UserError(f'expected data in {folder}, got no meta.json there; '
@@ -246,8 +246,10 @@ def write_tokens(folder, documents, tokenizer):
 def prepare(paths, config):
     """Write data/<name>, from a corpus by name or from texts: all or nothing. Raises UserError."""
     first, *more = paths
-    if more and (not config.name or {*paths} & {*NAMED}):
-        raise UserError(f'expected one corpus alone, or files and a --name=, got {paths!r:.80}')
+    if more and {*paths} & {*NAMED}:
+        raise UserError(f'expected one corpus alone, got {paths!r:.80}')
+    if more and not config.name:
+        raise UserError(f'expected a --name= for several files, got {paths!r:.80}')
     stem = os.path.splitext(os.path.basename(os.path.abspath(first)))[0]
     name = config.name or (stem if config.tokenizer == 'char' else f'{stem}_gpt2')
     folder = os.path.join(config.data_dir, name)
@@ -258,10 +260,11 @@ def prepare(paths, config):
         got = 'one without a meta.json'
         if os.path.exists(os.path.join(folder, 'meta.json')):
             meta = load_meta(folder)
+            same = meta['source'] == source and meta['tokenizer'] == config.tokenizer
+            if same and first in NAMED:
+                print(f'{folder} is there already; remove it to prepare it anew')
+                return
             got = f'one of {meta["source"]} as {meta["tokenizer"]}'
-        if first in NAMED and got == f'one of {source} as {config.tokenizer}':
-            print(f'{folder} is there already; remove it to prepare it anew')
-            return
         raise UserError(f'{folder}: expected a new folder, got {got}; remove it or choose another '
                         '--name=')
 

@@ -50,7 +50,7 @@ class SampleConfig:
     layer: int = 1                       # the layer to show, from 1
     # machine
     device: str = 'auto'                 # auto: cuda, else mps, else cpu
-    data_dir: str = 'data'               # where gpt2's tokenizer file lies, if it had to be fetched
+    data_dir: str = 'data'               # where gpt2's tokenizer file lies
 
     def __post_init__(self):
         expect(self, ('num_samples', 'max_new_tokens', 'vocab_top_k', 'layer'),
@@ -116,9 +116,10 @@ def read_log(folder):
 
 
 def is_run_name(name):
-    """Whether a run can be called so. Its name is that of a folder in out_dir, of a row in tables,
-    where | ends a cell, and of a line in pictures, where $ and a first _ mean something."""
-    return (isinstance(name, str) and re.fullmatch(r'(?!_)\w[\w .,=+%()-]*', name) is not None
+    """Whether a run can be called so. Its name is that of a folder in out_dir; of a row in tables,
+    where | ends a cell and (...) says what differs; and of a line in matplotlib's legend, where $
+    begins mathematics and a first _ hides it."""
+    return (isinstance(name, str) and re.fullmatch(r'(?!_)\w[\w .,=+%-]*', name) is not None
             and not name.endswith((' ', '.', '.jsonl', '.png')))
 
 
@@ -145,7 +146,8 @@ LINE_END = '\u00b6'                      # a line end is a token, too, and drawn
 @torch.no_grad()
 def watch_experts(model, tokens):
     """All experts' scores and weights (L, S, E) for tokens (S,); an expert that isn't chosen weighs
-    0. As in training they are read in windows of block_size: the first of each has no context."""
+    0. As in training they are read in windows of block_size, of which the first token has no
+    context. (When generate drew them, each had more.)"""
     windows = [model(window[None])[2] for window in tokens.split(model.config.block_size)]
     scores = torch.cat([routing.scores for routing in windows], dim=1)
     chosen = torch.cat([routing.chosen for routing in windows], dim=1)
@@ -156,9 +158,11 @@ def watch_experts(model, tokens):
 def color_text(texts, experts):
     """For a terminal: the texts of tokens, each on the colour of its expert."""
     def paint(text, expert):
+        if expert is None:                                         # nobody handles the token
+            return text
         red, green, blue = bytes.fromhex(PALETTE[expert % 8][1:])
         return f'\033[48;2;{red};{green};{blue};30m{text}\033[0m'  # 48;2: a background; 30: black
-    legend = ' '.join(paint(f' {expert} ', expert) for expert in sorted(set(experts)))
+    legend = ' '.join(paint(f' {expert} ', expert) for expert in sorted({*experts} - {None}))
     painted = (paint(text.replace('\n', LINE_END), expert) + '\n' * text.count('\n')
                for text, expert in zip(texts, experts))
     return f'expert {legend}   {LINE_END} line end\n\n{"".join(painted)}'
@@ -256,8 +260,6 @@ def group(results):
         elif shape['iter'] < furthest:
             notes.append(f'to {shape["iter"]}')
         name = shape['run'] + (f' ({", ".join(notes)})' if notes else '')
-        while name in runs:              # a run may itself be called 'aoe (top_k 1)'
-            name += "'"
         runs[name] = seeds
     return runs
 
@@ -268,12 +270,12 @@ def group(results):
 # windows in which they were evaluated
 AGREE = {'sha256', 'train_tokens', 'val_tokens', 'block_size', 'batch_size', 'eval_iters',
          'gradient_accumulation_steps'}
-RATES = {'learning_rate', 'min_lr'}      # each variant may have the one that is best for it
+RATES = {'learning_rate', 'min_lr'}      # these are told, too, but count least: see differences
 # what makes a variant may differ without a word; what else differs is told
 OF_VARIANT = {'mlp', 'factorised', 'router', 'router_std', 'd_low', 'd_judge', 'seed'}
 
 
-# a run that is too old to have one of these isn't known to differ in it
+# older lines of config/*.jsonl lack these: then it is not known whether they differ
 NEWER = {'train_tokens', 'val_tokens', 'eval_iters', 'processor', 'model.py', 'train.py', 'torch'}
 
 
@@ -296,10 +298,21 @@ def variant_of(seeds):
     return recipe['mlp'] + ''.join(part for part, there in parts.items() if there)
 
 
+def what_differs(one, its):
+    """The keys of their recipes in which two results of one seed differ, besides those of the
+    variant. None where they can't be compared."""
+    recipe, its_recipe = one['recipe'], its['recipe']
+    unknown = NEWER & (recipe.keys() ^ its_recipe.keys())          # ^: one alone has them
+    differ = {key for key in (recipe | its_recipe).keys() - OF_VARIANT - unknown
+              if recipe.get(key) != its_recipe.get(key)}
+    equally_far = one['tokens'] == its['tokens'] and one['iter'] == its['iter']
+    diverged = 'diverged' in one or 'diverged' in its
+    return differ if equally_far and not diverged and not differ & AGREE else None
+
+
 def differences(runs, base='moe', loss='lowest_val_loss'):
-    """Run -> its Difference from the run of the variant `base` that had the same tokens, is equally
-    far, was evaluated in the same windows, and has seeds in common. Among several it is the one
-    that differs least. A run without such a base, and one that has diverged, is left out."""
+    """Run -> its Difference from the run of the variant `base` with which it can be compared, and
+    has seeds in common; among several it is the one that differs least, rates aside."""
     found = {}
     for name, seeds in runs.items():
         candidates = []
@@ -307,17 +320,11 @@ def differences(runs, base='moe', loss='lowest_val_loss'):
             common = sorted(seeds.keys() & others.keys())
             if variant_of(others) != base or variant_of(seeds) == base or not common:
                 continue
-            one, its = seeds[common[0]], others[common[0]]         # all seeds have one recipe
-            recipes = one['recipe'], its['recipe']
-            unknown = NEWER & (recipes[0].keys() ^ recipes[1].keys())
-            differ = {key for key in (recipes[0] | recipes[1]).keys() - OF_VARIANT - unknown
-                      if recipes[0].get(key) != recipes[1].get(key)}
-            if (differ & AGREE or one['tokens'] != its['tokens'] or one['iter'] != its['iter']
-                    or 'diverged' in one or 'diverged' in its):
-                continue
-            minus = {seed: seeds[seed][loss] - others[seed][loss] for seed in common}
-            base_loss = statistics.mean(others[seed][loss] for seed in common)
-            candidates.append(Difference(other, differ, minus, base_loss))
+            differ = what_differs(seeds[common[0]], others[common[0]])   # all seeds have one recipe
+            if differ is not None:
+                minus = {seed: seeds[seed][loss] - others[seed][loss] for seed in common}
+                base_loss = statistics.mean(others[seed][loss] for seed in common)
+                candidates.append(Difference(other, differ, minus, base_loss))
         if candidates:
             found[name] = min(candidates, key=lambda difference: (
                 len(difference.differ - RATES), len(difference.differ)))
@@ -349,14 +356,9 @@ def difference_as_text(difference):
 
 
 def notes_of(found):
-    """What is to be said below a table of Differences: what else differs between the two, a line
-    for each set of keys."""
-    runs_of = {}                                                   # note -> runs
-    for name, difference in found.items():
-        if difference.differ:
-            note = f'{difference.base} differs in {", ".join(sorted(difference.differ))}, too'
-            runs_of.setdefault(note, []).append(name)
-    return [f'{", ".join(names)}: {note}' for note, names in runs_of.items()]
+    """What is to be said below a table of Differences: in what else the two differ."""
+    return [f'{name}: {difference.base} differs in {", ".join(sorted(difference.differ))}, too'
+            for name, difference in found.items() if difference.differ]
 
 
 # the table
@@ -414,15 +416,15 @@ def print_table(results, out_dir):
 
 
 def write_results(results, out_dir):
-    """Write results.jsonl: a line for each result; and those lines that are there already of runs
-    whose folders are gone, or hold another run now."""
+    """Write results.jsonl: a line for each result; and it keeps the lines of runs whose folders are
+    gone, or hold another run now. So an experiment may run in blocks, and no line is lost."""
     path, lines = os.path.join(out_dir, 'results.jsonl'), []
     if os.path.exists(path):
         lines = [json.loads(line) for line in read_text(path).splitlines()]
-    def shape(result):
+    def identity(result):
         return result['run'], result['seed'], result['recipe']
-    present = [shape(result) for result in results]
-    lines = [line for line in lines if shape(line) not in present]
+    present = [identity(result) for result in results]
+    lines = [line for line in lines if identity(line) not in present]
     lines += [{key: value for key, value in result.items()
                if key not in ('log', 'class_load', 'from')} for result in results]
     write_text(path, as_lines(lines))
@@ -446,10 +448,8 @@ def colors_of(names):
 
 
 def save_figure(figure, path):
-    """Write a PNG of at most 2,400 pixels a side."""
-    dpi = min(100, 2400 / max(figure.get_size_inches()))
     with replacing(path) as part:
-        figure.savefig(part, format='png', dpi=dpi)
+        figure.savefig(part, format='png', dpi=100)
 
 
 def draw(results, out_dir, files, tell=print):
@@ -594,12 +594,14 @@ def write_samples(folder, config):
                 continue
             scores, weights = watch_experts(model, tokens)
         texts = [tokenizer.decode([token]) for token in tokens.tolist()]
-        print(color_text(texts, weights[config.layer - 1].argmax(-1).tolist()))
-        # best.pt is of the evaluation with the lowest loss
+        experts = [max(range(len(w)), key=w.__getitem__) if any(w) else None
+                   for w in weights[config.layer - 1].tolist()]
+        print(color_text(texts, experts))
+    if config.show_experts:              # a page of the last text
+        # best.pt is of the evaluation with the lowest loss; of equal ones of the last
         best = min(reversed(read_log(folder)), key=lambda evaluation: evaluation['val_loss'])
-        path = os.path.join(folder, 'experts.html')                # a page of the last text
-        write_text(path, experts_page(texts, scores, weights, config.layer,
-                                      stand_outs(best)))
+        path = os.path.join(folder, 'experts.html')
+        write_text(path, experts_page(texts, scores, weights, config.layer, stand_outs(best)))
         print(f'\nto open in a browser: {path}')
 
 
@@ -648,11 +650,12 @@ const expert = i => button(i, i === only, `only = ${i === only ? null : i}`, col
 function drawLayer() {
   put('layers', data.scores.map((_, l) => button(l + 1, l === layer, `layer = ${l}`, '')))
   put('experts', data.scores[0][0].map((_, i) => expert(i)))
-  const notes = data.notes[layer].map(([i, text]) => `<br>expert ${expert(i)} takes ${text}`)
-  put('notes', notes.length ? notes : ['nothing'])
+  const notes = data.notes[layer] ?? []                            // none where no characters are
+  put('notes', notes.map(([i, text]) => `<br>expert ${expert(i)} takes ${text}`))
   put('text', data.texts.map((text, t) => {
     const weights = data.weights[layer][t], first = weights.indexOf(Math.max(...weights))
-    return `<span style="${only === null ? color(first) : weights[only] ? color(only) : ''}"
+    const shown = only ?? first              // with weight 0 nobody handles the token
+    return `<span style="${weights[shown] ? color(shown) : ''}"
       onpointerover="token = ${t}; drawToken()">${text}</span>`
   }))
   drawToken()

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import math
 import multiprocessing
@@ -41,14 +42,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import configurator
-import model as model_file
 from configurator import (RANK, WORLD_SIZE, UserError, choose_device, expect, fast_dtype,
                           keep_freed_memory, parse, processor_name, read_config_file, read_text,
                           replacing, typed, usable_cores, write_text)
 from model import GPT, GPTConfig, entropy, size_against_moe
 from prepare_data import fingerprint, load_meta
-from sample import (CLASSES, PICTURES, as_lines, class_of, draw, is_run_name, load_checkpoint,
-                    load_states, print_table, read_results, write_results)
+from sample import (CLASSES, as_lines, class_of, draw, is_run_name, load_checkpoint, load_states,
+                    read_results, show_results)
 
 # torchrun starts WORLD_SIZE processes of this script. They share the batches of an iteration, and
 # their gradients are averaged; the one with RANK 0 evaluates, saves, draws and prints.
@@ -78,7 +78,7 @@ class TrainConfig(GPTConfig):
     eval_interval: int = 250             # iterations between evaluations
     eval_iters: int = 50                 # batches in an evaluation, the same every time
     eval_only: bool = False              # evaluate the checkpoint that is there and write nothing
-    log_interval: int = 10               # iterations between updates of the progress bar's loss
+    log_interval: int = 10               # iterations between checks that all weights are finite
     # data
     dataset: str = 'shakespeare'         # the folder of data_dir to train on
     data_dir: str = 'data'               # where prepare_data.py wrote it
@@ -231,7 +231,8 @@ class Data:
         n = min(self.config.eval_iters, math.ceil(tokens / (size * S)))   # once each is enough
         starts = np.linspace(0, tokens - S - 1, n * size, dtype=np.int64)
         if split == 'test':
-            # a window of S + 1 tokens has to fit between two; n * size have n * size - 1 gaps
+            # a window of S + 1 tokens has to fit into the gap between two of them. There is a gap
+            # less than windows, so the last batch goes
             room = starts[-1] / max(1, n * size - 1) >= 2 * (S + 1)
             n = n - 1 if room else 0
             starts = ((starts[:-1] + starts[1:]) // 2)[:n * size]
@@ -344,7 +345,8 @@ def train(config, stop, terminal):
         # every eval_interval iterations, and at the end: evaluate and save
         ended, stopped = state.iteration >= c.max_iters, stop.value > 0
         if RANK == 0 and (ended or stopped or state.iteration % c.eval_interval == 0):
-            state.seconds += time.perf_counter() - clock           # the clock stands still here
+            # the clock stands still here; for a GPU the .item() of log_interval has waited
+            state.seconds += time.perf_counter() - clock
             look_and_save(state, ended, stopped, terminal)
             clock = time.perf_counter()
         if ended or stopped:
@@ -362,7 +364,7 @@ def prepare(config):
     """What a run needs and what training changes: model, optimizer, data; iteration, seconds, log.
     All as in its ckpt.pt, if there is one: resuming is wanted then (check_folders)."""
     c, device, dtype = config, choose_device(config.device), getattr(torch, config.dtype)
-    keep_freed_memory()
+    keep_freed_memory()                  # of the C library: a quarter of a step's time on a CPU
     torch.set_num_threads(c.threads)
     torch.manual_seed(c.seed)
     model = GPT(c).to(device)
@@ -429,6 +431,7 @@ def look_and_save(state, ended, stopped, terminal):
     refuse_not_finite(state, log[-1])
     save(state)
     terminal.line(report(c, log[-1]))
+    # of all runs: whoever evaluates last has drawn them all
     draw(read_results(c.out_dir, terminal.line), c.out_dir, ['loss.png'], terminal.line)
 
 
@@ -461,8 +464,8 @@ def description(state):
             f'{c.max_iters:,} iterations of {c.tokens_per_iter:,} tokens, {state.device}, '
             f'{c.dtype}, seed {c.seed}\nin {c.folder}')
     if c.lr_decay_iters != c.max_iters:
-        text += (f'\nthe learning rate falls to {c.min_lr:g} at iteration {c.lr_decay_iters:,}: '
-                 '--lr_decay_iters')
+        text += (f'\nthe learning rate falls to {c.min_lr:g} at iteration {c.lr_decay_iters:,} '
+                 '(--lr_decay_iters, as it was at the start)')
     return text
 
 
@@ -476,7 +479,8 @@ def report(config, entry):
 # -----------------------------------------------------------------------------
 # a run's files, and its recipe: all that shapes its result
 
-# the keys that are in no recipe: a run may go on with others, and no result depends on them
+# keys that are not in a recipe, since a run may go on with others. (For dataset stands its sha256;
+# for max_iters lr_decay_iters, and how far a run is.)
 NOT_IN_RECIPE = {'recompute', 'max_iters', 'log_interval', 'eval_only', 'init_from', 'dataset',
                  'data_dir', 'out_dir', 'name', 'runs', 'seeds', 'jobs', 'device', 'threads',
                  'compile'}
@@ -493,7 +497,7 @@ def hash_of(path):
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:8]
 
 
-HASHES = {'model.py': hash_of(model_file.__file__), 'train.py': hash_of(__file__)}   # as imported
+HASHES = {'model.py': hash_of(inspect.getsourcefile(GPT)), 'train.py': hash_of(__file__)}
 
 
 def recipe_of(config, meta, device):
@@ -551,15 +555,15 @@ def save(state):
     """Write a run's files: ckpt.pt, the latest state; best.pt, what sampling needs of it, if its
     evaluation has the lowest loss; log.jsonl; and last config.json, the result."""
     c, log, recipe = state.config, state.log, state.result['recipe']
-    best = {'model': state.model.state_dict(), 'meta': state.data.meta, 'recipe': recipe}
+    for_sampling = {'model': state.model.state_dict(), 'meta': state.data.meta, 'recipe': recipe}
     with replacing(c.path('ckpt.pt')) as part:
-        torch.save({**best, 'optimizer': state.optimizer.state_dict(), 'log': log,
+        torch.save({**for_sampling, 'optimizer': state.optimizer.state_dict(), 'log': log,
                     'scaler': state.scaler.state_dict(), 'iter': state.iteration,
                     'seconds': state.seconds}, part)
     lowest = min((entry['val_loss'] for entry in log), default=None)
     if log and log[-1]['iter'] == state.iteration and log[-1]['val_loss'] == lowest:
         with replacing(c.path('best.pt')) as part:
-            torch.save(best, part)
+            torch.save(for_sampling, part)
     write_text(c.path('log.jsonl'), as_lines(log))
     result = state.result | {'iter': state.iteration}
     write_text(c.path('config.json'), json.dumps(result, indent=1))
@@ -571,8 +575,9 @@ HALF_WRITTEN = r'(ckpt\.pt|best\.pt|log\.jsonl|config\.json)\.\d+\.part'
 
 def check_folders(runs):
     """Raise UserError where the folder of a run holds other things; where a run would be written
-    over; and where none is there to go on with."""
+    over; and where none is there to go on with. (Of several, those that have not begun start.)"""
     c = runs[0]
+    # such as config/quick_start, whose results and pictures would be written over
     for file in os.listdir(c.out_dir) if os.path.isdir(c.out_dir) else ():
         if file.endswith(('.py', '.md')):
             raise UserError(f'out_dir: expected a folder for runs alone, got {c.out_dir} with '
@@ -605,12 +610,12 @@ def make_folder(run):
 
 def read_config_json(run):
     """The result that a run has written so far; {} if there is none."""
-    if not os.path.exists(run.path('config.json')):
-        return {}
-    with contextlib.suppress(ValueError):
-        return dict(json.loads(read_text(run.path('config.json'))))
-    raise UserError(f'{run.path("config.json")}: expected one of train.py, got a damaged one; '
-                    'remove it: the run goes on from its ckpt.pt')
+    path = run.path('config.json')
+    try:
+        return dict(json.loads(read_text(path))) if os.path.exists(path) else {}
+    except (ValueError, TypeError):
+        raise UserError(f'{path}: expected one of train.py, got a damaged one; remove it, and the '
+                        'run goes on from its ckpt.pt') from None
 
 
 # -----------------------------------------------------------------------------
@@ -635,7 +640,7 @@ class Terminal:
 
     def progress(self, tokens, loss):
         if self.bar is None:
-            # None hides it where there is no terminal; and a notebook cannot move up to it
+            # None: tqdm hides it where the output is no terminal. A notebook can't move up to it
             hidden = True if RANK > 0 or 'JPY_PARENT_PID' in os.environ else None
             self.bar = tqdm(total=self.config.max_iters * self.config.tokens_per_iter,
                             initial=tokens, desc=os.path.basename(self.config.folder), unit='tok',
@@ -686,13 +691,13 @@ def train_side_by_side(runs, jobs, stop):
                 run = waiting.pop(0)
                 connection, theirs = SPAWN.Pipe(duplex=False)
                 process = SPAWN.Process(target=train_apart, args=(run, HASHES, stop, theirs))
-                for number in SIGNALS:                   # while it starts, and so for the process
-                    signal.signal(number, signal.SIG_IGN)
+                for number in SIGNALS:                   # a process ignores what is ignored as it
+                    signal.signal(number, signal.SIG_IGN)          # starts: only this one reacts
                 process.start()
                 stop_on_signals(stop)
                 theirs.close()           # so that connection ends when the process does
                 at_work[connection] = process, Terminal(run)
-            for connection in wait(at_work, timeout=1):
+            for connection in wait(at_work, timeout=1):  # stop is looked at each second
                 process, terminal = at_work[connection]
                 try:
                     what, *values = connection.recv()
@@ -731,7 +736,7 @@ def train_one_by_one(runs, stop):
         try:
             train(run, stop, terminal)
         except RunFailed as error:
-            if WORLD_SIZE > 1:           # not all processes may know, and would wait for this one
+            if WORLD_SIZE > 1:           # RANK 0 alone may know, and the others would wait for it
                 raise
             failed = True
             tqdm.write(f'error: {error}', file=sys.stderr)
@@ -748,7 +753,7 @@ def stop_on_signals(stop):
         stop.value = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if number not in (signal.SIGINT, signal.SIGTERM):          # there is no terminal any more
+        if number not in (signal.SIGINT, signal.SIGTERM):          # to print would fail from now on
             sink = os.open(os.devnull, os.O_WRONLY)
             os.dup2(sink, sys.stdout.fileno())
             os.dup2(sink, sys.stderr.fileno())
@@ -798,10 +803,7 @@ def main(arguments):
         sys.exit(128 + stop.value)
     evaluated = any(os.path.exists(run.path('log.jsonl')) for run in runs)
     if RANK == 0 and evaluated and not c.eval_only:
-        results = read_results(c.out_dir)
-        draw(results, c.out_dir, PICTURES)
-        print_table(results, c.out_dir)
-        write_results(results, c.out_dir)
+        show_results(c.out_dir)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     sys.exit(1 if failed else 0)

@@ -151,8 +151,8 @@ def test_a_name_that_is_taken_is_refused(here, fetched, refuse):
     (['ham.txt', '--data_dir=a\0b'], "data_dir: expected the path of a folder, got 'a\\x00b'"),
     (['ham.txt', '--name=\ud800'], "got '\\ud8"), (['ham.txt', '--data_dir=\ud800'], "got '\\ud8"),
     (['ham.txt', '--data_dir=ham.txt'], 'error: ham.txt/ham: expected to write it, got "[Errno '),
-    (['shakespeare', 'ham.txt', '--name=b'], 'expected one corpus alone, or files and a --name='),
-    (['ham.txt', 'one.txt'], "or files and a --name=, got ['ham.txt', 'one.txt']"),
+    (['shakespeare', 'ham.txt', '--name=b'], 'expected one corpus alone'),
+    (['ham.txt', 'one.txt'], "expected a --name= for several files, got ['ham.txt', 'one.txt']"),
 ))
 def test_what_cannot_be_is_told_in_one_line(here, refuse, monkeypatch, arguments, says):
     monkeypatch.setitem(sys.modules, 'datasets', None)   # as where it isn't installed

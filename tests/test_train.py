@@ -424,15 +424,17 @@ def test_where_one_process_is_killed_or_finds_other_code_the_others_go_on(worksp
 
 
 @pytest.mark.slow
-def test_where_one_run_has_no_room_all_end(workspace):
+def test_where_one_run_has_no_room_the_others_save_and_end(workspace):
+    """ckpt.pt of moe is larger than 450,000 bytes, and that of dense smaller."""
     resource = pytest.importorskip('resource')                     # Windows has none
-    process = start_script('train.py', *SMALL, '--mlp=moe,dense', '--jobs=2', '--out_dir=out/room',
-                           cwd=workspace, preexec_fn=lambda: resource.setrlimit(
-                               resource.RLIMIT_FSIZE, (20_000, 20_000)))
+    process = start_script('train.py', *SMALL, '--mlp=dense,moe', '--jobs=2', '--out_dir=out/room',
+                           '--max_iters=1000000', cwd=workspace, preexec_fn=lambda:
+                           resource.setrlimit(resource.RLIMIT_FSIZE, (450_000, 450_000)))
     _, errors = process.communicate()
     assert process.returncode == 2 and errors.count('\n') == 1, errors
-    assert re.match('error: out/room/.*expected to write it.*Is the disk full', errors)
-    assert not list((workspace / 'out/room').rglob('*.pt*'))
+    assert re.match('error: out/room/moe.*expected to write it.*Is the disk full', errors)
+    assert [path.name for path in (workspace / 'out/room').rglob('*.pt*')] == ['ckpt.pt', 'best.pt']
+    assert load_checkpoint(workspace / 'out/room/dense/ckpt.pt', 'cpu')['iter'] < 1000000
 
 
 @LINUX
