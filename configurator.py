@@ -117,7 +117,7 @@ def typed(cls, key, value, where='--', note=''):
             refuse_a_key_twice(text, f'{where}{key}')
     if type(value) is str and key.endswith('_dir'):
         value = os.path.expanduser(value)
-    if type(value) is int and float in options:
+    if type(value) is int and float in options and abs(value) < 2**1000:   # a float ends there
         value = float(value)
     if type(value) in (int, list, range) and tuple in options:
         value = (value,) if type(value) is int else tuple(value)

@@ -205,7 +205,7 @@ def fingerprint(path):
 
 
 def load_meta(folder):
-    """The meta.json of a data set, a dict. Raises UserError where there is none, or no whole one."""
+    """The meta.json of a data set, a dict. Raises UserError where none is whole."""
     path = os.path.join(folder, 'meta.json')
     if not os.path.exists(path):
         raise UserError(f'expected data in {folder}, got no meta.json there; '

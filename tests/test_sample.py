@@ -120,11 +120,11 @@ def test_what_is_shown_is_what_the_layers_did(tmp_path, changes):
 
 
 def test_colours_of_tokens_by_hand():
-    text = color_text(['ab', '\n', 'c'], [0, 1, 9])
+    text = color_text(['ab', '\n', 'c', 'd'], [0, 1, 9, None])
     assert re.sub('\033\\[[0-9;]*m', '', text) == (
-        'expert  0   1   9    \u00b6 line end\n\nab\u00b6\nc')
+        'expert  0   1   9    \u00b6 line end\n\nab\u00b6\ncd')
     assert '\033[48;2;119;170;221;30mab\033[0m' in text            # #77AADD
-    assert '\033[48;2;238;136;102;30mc\033[0m' in text             # 9 is 1 again
+    assert text.endswith('\033[48;2;238;136;102;30mc\033[0md')     # 9 is 1 again; nobody's is plain
 
 
 def test_the_page_has_every_token_escaped_and_all_its_scores(tmp_path):
@@ -160,7 +160,6 @@ def test_the_page_of_a_run(tmp_path, capsys, changes):
 
 def test_what_stands_out(tmp_path, refuse):
     assert stand_outs(evaluation(1.0)) == NOTES
-    assert stand_outs(evaluation(1.0) | {'class_load': []}) == [[], []]    # of gpt2's tokens
     arguments = [make_run(tmp_path)[0], '--show_experts=True', '--max_new_tokens=2']
     # the page tells those of the evaluation that best.pt is of, the lowest
     log = [evaluation(loss) | {'load': load} for loss, load in ((3.0, []), (1.0, LOAD), (2.0, []))]
@@ -174,8 +173,12 @@ def test_what_stands_out(tmp_path, refuse):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('node'), reason="runs the page's script in node")
-def test_the_script_of_the_page_draws_all_tokens_bars_and_notes(tmp_path):
+@pytest.mark.parametrize('characters', (True, False))
+def test_the_script_of_the_page_draws_all_tokens_bars_and_notes(tmp_path, characters):
     folder, _ = make_run(tmp_path, n_expert=9)
+    if not characters:                                             # as of gpt2's tokens
+        log = sample.as_lines([evaluation(1.0) | {'class_load': []}])
+        (tmp_path / 'log.jsonl').write_text(log)
     sample.main([folder, '--show_experts=True', '--prompt=<b>', '--max_new_tokens=97'])
     page = (tmp_path / 'experts.html').read_text(encoding='utf-8')
     script = page.partition('<script>')[2].partition('</script>')[0]
@@ -188,4 +191,4 @@ def test_the_script_of_the_page_draws_all_tokens_bars_and_notes(tmp_path):
     assert tokens.count('<span') == 100 and '&lt;' in tokens
     assert tokens.count('background') == sum(of_token[3] > 0 for of_token in weights)
     assert parts['bars']['innerHTML'].count('<div style') == 9
-    assert f' takes {TEXT}' in parts['notes']['innerHTML']
+    assert (f' takes {TEXT}' in parts['notes']['innerHTML']) == characters
