@@ -77,6 +77,8 @@ def load_checkpoint(path, device, mmap=False):
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
         whole = all(isinstance(checkpoint[key], CHECKPOINT[key]) for key in keys)
+        whole &= all(entry['iter'] + entry['val_loss'] < math.inf
+                     for entry in checkpoint.get('log', ()))
     except Exception:                    # torch.load has many ways to find a file damaged
         whole = False
     if not whole:
@@ -102,17 +104,25 @@ def load_model(folder, device):
     recipe, keys = checkpoint['recipe'], {field.name for field in dataclasses.fields(GPTConfig)}
     try:
         model = GPT(GPTConfig(**{key: recipe[key] for key in keys & recipe.keys()}))
-        dtype = getattr(torch, recipe['dtype'])
+        dtype, meta = getattr(torch, recipe['dtype']), checkpoint['meta']
+        if meta['tokenizer'] != 'gpt2' and not isinstance(meta['vocabulary'], str):
+            raise ValueError('a tokenizer without a vocabulary')
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f'{path}: expected a model of this model.py, got {error!r:.80}') from None
     load_states(checkpoint, path, model=model)
-    return model.eval().to(device), checkpoint['meta'], dtype
+    return model.eval().to(device), meta, dtype
 
 
 def read_log(folder):
-    """The evaluations of a run, oldest first. Raises ValueError for a damaged log.jsonl."""
+    """The evaluations of a run, oldest first. Raises UserError for a damaged log.jsonl."""
     path = os.path.join(folder, 'log.jsonl')
-    return [json.loads(line) for line in read_text(path).splitlines()]
+    try:
+        log = [json.loads(line) for line in read_text(path).splitlines()]
+        if not all(math.isfinite(entry['val_loss']) for entry in log):
+            raise ValueError('a loss that is not finite')
+        return log
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f'{path}: expected a line for each evaluation, got {error!r:.60}') from None
 
 
 def is_run_name(name):
@@ -223,7 +233,7 @@ def read_results(out_dir, tell=print):
             if os.path.exists(os.path.join(folder, 'log.jsonl')):
                 results.append(read_result(folder))
         except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
-            tell(f'{folder} is left out: {error!r:.60}')
+            tell(f'{folder!r} is left out: {error!r:.90}')
     if not results:
         raise UserError(f'expected a folder that holds runs, got none in {out_dir}')
     return results
@@ -260,6 +270,8 @@ def group(results):
         elif shape['iter'] < furthest:
             notes.append(f'to {shape["iter"]}')
         name = shape['run'] + (f' ({", ".join(notes)})' if notes else '')
+        while name in runs:              # values are cut short, and None is like no value
+            name += "'"
         runs[name] = seeds
     return runs
 
@@ -416,18 +428,21 @@ def print_table(results, out_dir):
 
 
 def write_results(results, out_dir):
-    """Write results.jsonl: a line for each result; and it keeps the lines of runs whose folders are
+    """Write results.jsonl: a line for each result. It keeps the lines of runs whose folders are
     gone, or hold another run now. So an experiment may run in blocks, and no line is lost."""
-    path, lines = os.path.join(out_dir, 'results.jsonl'), []
-    if os.path.exists(path):
-        lines = [json.loads(line) for line in read_text(path).splitlines()]
-    def identity(result):
-        return result['run'], result['seed'], result['recipe']
-    present = [identity(result) for result in results]
-    lines = [line for line in lines if identity(line) not in present]
-    lines += [{key: value for key, value in result.items()
-               if key not in ('log', 'class_load', 'from')} for result in results]
-    write_text(path, as_lines(lines))
+    path = os.path.join(out_dir, 'results.jsonl')
+    lines = [json.dumps({key: value for key, value in result.items()
+                         if key not in ('log', 'class_load', 'from')}) for result in results]
+    present = [(result['run'], result['seed'], result['recipe']) for result in results]
+    kept = []
+    for line in read_text(path).splitlines() if os.path.exists(path) else ():
+        try:
+            old = json.loads(line)
+            if (old['run'], old['seed'], old['recipe']) not in present:
+                kept.append(line)
+        except (ValueError, TypeError, KeyError):                  # not ours
+            kept.append(line)
+    write_text(path, ''.join(line + '\n' for line in kept + lines))
 
 
 def as_lines(entries):

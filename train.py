@@ -513,7 +513,7 @@ def recipe_of(config, meta, device):
 def settle(config, jobs):
     """Decide the keys that the data, the machine or the run's checkpoint decide. Raises UserError
     where it would go on with another recipe; where it is only evaluated, that is told."""
-    c, device, was = config, choose_device(config.device), {}
+    c, device, was = config, choose_device(config.device), None
     meta = checked_meta(os.path.join(c.data_dir, c.dataset))
     expect(c, 'block_size', f'less than the {meta["val_tokens"]} tokens of {c.dataset} for '
            'validation', lambda S: S < meta['val_tokens'])
@@ -526,10 +526,13 @@ def settle(config, jobs):
     c.vocab_size = c.vocab_size or meta['vocab_size']
     expect(c, 'vocab_size', f'at least the {meta["vocab_size"]} of {c.dataset}',
            lambda n: n >= meta['vocab_size'])
-    c.lr_decay_iters = c.lr_decay_iters or was.get('lr_decay_iters') or c.max_iters
+    if was is not None:
+        c.lr_decay_iters = c.lr_decay_iters or was.get('lr_decay_iters')
+        c.dtype = was.get('dtype', 'auto') if c.dtype == 'auto' else c.dtype
+    c.lr_decay_iters = c.lr_decay_iters or c.max_iters
     if c.dtype == 'auto':
-        c.dtype = was.get('dtype') or fast_dtype(c, device)
-    if was:
+        c.dtype = fast_dtype(c, device)
+    if was is not None:
         refuse_another_recipe(c, was, recipe_of(c, meta, device))
 
 

@@ -14,8 +14,6 @@ import sample
 import train
 from conftest import SMALL, run_here
 
-NAMES = 'name: expected letters, digits, spaces and . , = + - % (a folder is called so, and a row'
-
 MISTAKES = {prepare_data: (
     (['shakespear'], "expected shakespeare, prose_and_code, tinyshakespeare, openwebtext"),
     (['one.txt'], 'expected at least two tokens, got 1'),
@@ -72,7 +70,7 @@ MISTAKES = {prepare_data: (
     (['--init_from=resume', '--out_dir=out/trained', '--dataset=greek'],
      'expected what it was trained with, vocab_size = '),
     (['--name=x', '--mlp=aoe,moe'], 'and one alone with --name, got 2'),
-    *(([f'--name={name}'], f'{NAMES} of tables), got {name!r}') for name in (
+    *(([f'--name={name}'], 'name: expected letters, digits, spaces and . , = + - %') for name in (
         'a|b', '$a', '_a', 'a/b', '..', 'a\x1b[2J', 'a\n', 'a\u202eb', 'x.png', 'results.jsonl')),
     (['--runs={}'], 'runs: expected one at least, and one alone with --name, got 0'),
     (["--runs={'a': {}}", '--mlp=moe'], 'mlp: expected mlp or runs, got both'),

@@ -47,15 +47,14 @@ def make_run(folder, dtype='float32', **changes):
 def data_of(folder):
     """The data in its page of experts."""
     page = (folder / 'experts.html').read_text(encoding='utf-8')
-    line, = re.findall('^const data = (.*)$', page, re.MULTILINE)
-    return json.loads(line)
+    return json.loads(re.search('^const data = (.*)$', page, re.MULTILINE)[1])
 
 
 def test_the_text_is_what_generate_draws_and_each_sample_has_a_seed(tmp_path, capsys):
     folder, model = make_run(tmp_path)
-    tokenizer = CharTokenizer(VOCABULARY)
     sample.main([folder, '--prompt=abc', '--max_new_tokens=30', '--num_samples=2', '--seed=4',
                  '--vocab_top_k=7', '--temperature=1.5'])
+    tokenizer = CharTokenizer(VOCABULARY)
     expected = [tokenizer.decode(model.generate(torch.tensor([tokenizer.encode('abc')]), 30, 1.5, 7,
                                                 seed=seed)[0].tolist()) for seed in (4, 5)]
     assert capsys.readouterr().out == f'{expected[0]}\n{"-" * 80}\n{expected[1]}\n'
@@ -83,9 +82,8 @@ def test_refusals(tmp_path, refuse):
     folder, _ = make_run(tmp_path)
     show, best = '--show_experts=True', torch.load(tmp_path / 'best.pt')
     assert 'at most 2, got aoe and 3' in refuse(sample.main, folder, show, '--layer=3')
-    for key, value in (('meta', {}), ('meta', {'tokenizer': 'char', 'vocabulary': 5}),
-                       ('recipe', {}),
-                       ('recipe', best['recipe'] | {'n_layer': 'x'}), ('model', {}), ('model', 3)):
+    for key, value in (('meta', {}), ('meta', {'tokenizer': 'char', 'vocabulary': 5}), ('model', {}),
+                       ('model', 3), ('recipe', {}), ('recipe', best['recipe'] | {'n_layer': 'x'})):
         torch.save(best | {key: value}, tmp_path / 'best.pt')
         assert 'best.pt: expected ' in refuse(sample.main, folder), (key, value)
     folder, _ = make_run(tmp_path, mlp='dense')
@@ -96,10 +94,9 @@ def test_refusals(tmp_path, refuse):
                                      {'mlp': 'aoe', 'select': 'top_p'},
                                      {'mlp': 'moe', 'select': 'expert_choice'}))
 def test_what_is_shown_is_what_the_layers_did(tmp_path, changes):
-    _, model = make_run(tmp_path, d_low=8, **changes)
+    (_, model), inputs = make_run(tmp_path, d_low=8, **changes), []
     tokens = torch.randint(11, (12,))                              # a whole window, and half of one
     scores, weights = watch_experts(model, tokens)
-    inputs = []
     model.blocks[0].mlp.register_forward_pre_hook(lambda layer, args: inputs.append(args[0]))
     for window in (slice(0, 8), slice(8, 12)):
         _, _, routing = model(tokens[None, window])
@@ -176,9 +173,8 @@ def test_what_stands_out(tmp_path, refuse):
 @pytest.mark.parametrize('characters', (True, False))
 def test_the_script_of_the_page_draws_all_tokens_bars_and_notes(tmp_path, characters):
     folder, _ = make_run(tmp_path, n_expert=9)
-    if not characters:                                             # as of gpt2's tokens
-        log = sample.as_lines([evaluation(1.0) | {'class_load': []}])
-        (tmp_path / 'log.jsonl').write_text(log)
+    entry = evaluation(1.0) | ({} if characters else {'class_load': []})   # as of gpt2's tokens
+    (tmp_path / 'log.jsonl').write_text(sample.as_lines([entry]))
     sample.main([folder, '--show_experts=True', '--prompt=<b>', '--max_new_tokens=97'])
     page = (tmp_path / 'experts.html').read_text(encoding='utf-8')
     script = page.partition('<script>')[2].partition('</script>')[0]

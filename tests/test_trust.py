@@ -207,7 +207,7 @@ def test_a_result_never_stands_under_settings_that_did_not_make_it(train_here, r
     assert snapshot('out/settings') == before
     # but it may go on for longer, with the same schedule, on another machine; and says so
     printed = run_here(train.main, *SMALL, *more, '--init_from=resume', '--max_iters=30').stdout
-    assert 'the learning rate falls to 0.0002 at iteration 20:' in printed
+    assert 'the learning rate falls to 0.0002 at iteration 20 ' in printed
     assert ' now, and was another' in printed
     assert [entry['lr'] for entry in read_log('out/settings/moe')][2:] == [0.0002, 0.0002]
 
@@ -424,9 +424,10 @@ def test_float16_skips_what_overflows_and_shows_at_an_evaluation_what_diverges(
     run_here(train.main, *more, '--max_iters=30', '--out_dir=out/skipped')
     unchanged = [torch.equal(a, b) for a, b in zip(before, before[1:])]
     assert unchanged[:2] == [True, True] and not all(unchanged[20:])
+    scale(monkeypatch, 1.0)
     diverged = run_here(train.main, *more, '--out_dir=out/high16', '--learning_rate=1e6',
                         '--grad_clip=0', check=False)
-    assert diverged.returncode == 1 and 'got others by iteration 10. ' in diverged.stderr
+    assert re.search('got others by iteration [12]0. ', diverged.stderr)   # and not between them
 
 
 def test_what_auto_takes(monkeypatch):
