@@ -613,10 +613,13 @@ def write_samples(folder, config):
                    for w in weights[config.layer - 1].tolist()]
         print(color_text(texts, experts))
     if config.show_experts:              # a page of the last text
-        # best.pt is of the evaluation with the lowest loss; of equal ones of the last
-        best = min(reversed(read_log(folder)), key=lambda evaluation: evaluation['val_loss'])
+        try:                             # best.pt is of the evaluation with the lowest loss
+            best = min(reversed(read_log(folder)), key=lambda evaluation: evaluation['val_loss'])
+            notes = stand_outs(best)
+        except (ValueError, KeyError, TypeError, IndexError):      # its log is gone, or damaged
+            notes = []
         path = os.path.join(folder, 'experts.html')
-        write_text(path, experts_page(texts, scores, weights, config.layer, stand_outs(best)))
+        write_text(path, experts_page(texts, scores, weights, config.layer, notes))
         print(f'\nto open in a browser: {path}')
 
 
