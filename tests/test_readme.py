@@ -1,17 +1,22 @@
 """README.md and all pages of config/: every command in them runs, every link leads somewhere, and
 what they quote is what the code says."""
 
+import ast
 import glob
+import importlib
 import os
 import re
 import shlex
 import shutil
+import sys
+import textwrap
 
 import pytest
 import torch
 
-from configurator import read_text
-from conftest import ROOT, run_script
+import train
+from configurator import parse, read_config_file, read_text
+from conftest import ROOT, SMALL, run_here, run_script
 
 PAGES = ['README.md', *sorted(os.path.relpath(path, ROOT) for path in
                               glob.glob(f'{ROOT}/config/**/*.md', recursive=True))]
@@ -33,9 +38,9 @@ TINY = ['--dataset=shakespeare_gpt2', '--n_embd=48', '--n_head=2', '--d_ffn=64',
         '--block_size=16', '--gradient_accumulation_steps=2']
 
 
-def commands():
+def commands(pages=PAGES):
     """The commands of the pages that start a script, in their order, each once."""
-    found = [match for page in PAGES                     # what is inline may go on in the next line
+    found = [match for page in pages                     # what is inline may go on in the next line
              for match in re.findall(r'^ {4,}(.+)$|`([^`\n]+(?:\n[^`\n]+)?)`', text_of(page), re.M)]
     parts = [part for indented, inline in found
              for part in re.split('&&|; (?!print)', indented or inline)]
@@ -53,6 +58,7 @@ def test_every_command_runs_shortened(tmp_path, code_text):
     shutil.copytree(os.path.join(ROOT, 'config'), tmp_path / 'config')
     shutil.copy(os.path.join(ROOT, 'README.md'), tmp_path)         # its numbers are written anew
     (tmp_path / 'my.txt').write_text(code_text, encoding='utf-8', newline='')
+    (tmp_path / 'mine.py').write_text(own_experiment())
     ran, seen = set(), set()
     for command in commands():
         if '$(' in command:                              # what a shell makes of it, two files of it
@@ -65,8 +71,6 @@ def test_every_command_runs_shortened(tmp_path, code_text):
             continue
         if 'config/small.py config/' in command and 'config/paper/table2.py' not in command:
             continue
-        if any('git apply' in text_of(file) for file in arguments if file.endswith('.py')):
-            continue                                     # test_rivals.py
         if 'config/lab/lab.py' in command and '--name=' in command:    # many alike: test_lab.py
             continue
         if command == 'python tests/tools/bench.py':
@@ -144,28 +148,74 @@ def test_pictures_are_small_and_used():
         assert os.path.getsize(path) < 100_000 and os.path.basename(path) in text, path
 
 
-def test_the_readme_quotes_the_code():
-    model = text_of('model.py')
-    quotes = re.findall(r'```python\n(.*?)```', text_of('README.md'), flags=re.S)
-    for quoted in quotes:
-        for line in quoted.splitlines():
-            code = line.partition('#')[0].strip()
-            assert code in model, line
-        assert not quoted.startswith('class') or quoted.strip() in model
-    assert quotes
+def fenced(page, language):
+    """The blocks of code in a page, without their indentation."""
+    blocks = re.findall(rf'^( *)```{language}\n(.*?)^\1```$', text_of(page), flags=re.S | re.M)
+    return [textwrap.dedent(block) for _, block in blocks]
 
 
-def test_the_map_tells_how_long_the_files_are():
-    readme, loop = text_of('README.md'), text_of('train.py').split("\n# a run's files")[0]
-    rows = re.findall(r'^\| \[(\w+\.py)\]\(\1\) \| ([\d,]+) \|', readme, re.M)
-    assert len(rows) == 5
-    for file, lines in rows:
-        assert abs(text_of(file).count('\n') - int(lines.replace(',', ''))) <= 10, file
-    parts = [part.count('\n') for part in re.split('# Part [123]:', text_of('model.py'))]
-    told = [int(n) for n in re.findall(r'(?:part \d|first half) \((\d+)', readme)]
-    for lines, expected in zip((parts[0] + parts[1], parts[2], loop.count('\n')), told,
-                               strict=True):
-        assert abs(lines - expected) <= 10
+def own_experiment():
+    """mine.py, as config/README.md has it."""
+    block, = (block for block in fenced('config/README.md', 'python') if 'out_dir' in block)
+    return block
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_every_fence_stands_alone_and_python_in_it_compiles(page):
+    for line in text_of(page).splitlines():
+        if '```' in line:                # a re-wrapped block has code behind its fence
+            assert re.fullmatch(r' *```(python|sh|text|diff)?', line), line
+    assert text_of(page).count('```') % 2 == 0
+    for block in fenced(page, 'python'):
+        ast.parse(block)
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_every_command_has_keys_of_its_script(page, monkeypatch):
+    """Against the dataclass of each script's keys, from which --help is printed."""
+    monkeypatch.syspath_prepend(os.path.join(ROOT, 'tests', 'tools'))
+    for command in commands([page]):
+        program, *arguments = shlex.split(command, comments=True)
+        script = next(argument for argument in arguments if argument.endswith('.py'))
+        module = importlib.import_module(os.path.basename(script)[:-3])
+        configs = [value for name, value in vars(module).items() if name.endswith('Config')
+                   and value.__module__ == module.__name__]
+        keys = [argument for argument in arguments if argument.startswith('--')
+                and not argument.startswith(('--nproc', '--standalone', '--help'))]
+        assert configs or not keys, command
+        for config in configs:
+            parse(config, keys, '')
+
+
+def test_the_experiment_of_ones_own_is_what_the_page_says(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    (workspace / 'mine.py').write_text(own_experiment())
+    quick = read_config_file(train.TrainConfig, os.path.join(ROOT, 'config/quick_start.py'))
+    runs = train.plan_runs(quick | read_config_file(train.TrainConfig, 'mine.py'), {})
+    assert [run.folder for run in runs[:3]] == [f'out/mine/{name}-1'
+                                                for name in ('moe', 'aoe 16', 'aoe 64')]
+    assert len(runs) == 9 and {run.dataset for run in runs} == {'prose_and_code'}
+    shared = {'--seeds=1,2', '--d_ffn=128', '--n_embd=64'}         # d_low of 64 fits
+    printed = run_here(train.main, 'mine.py', *[key for key in SMALL if not any(
+        key.startswith(other.partition('=')[0] + '=') for other in shared)], *shared).stdout
+    assert '| aoe 16 |' in printed and 'minus moe' in printed
+
+
+def test_the_idea_of_the_readme_is_one_line_and_takes_effect(monkeypatch):
+    excerpt, idea = (block for block in fenced('README.md', 'python')[::-1])
+    for line in excerpt.splitlines():
+        assert line.partition('#')[0].strip() in text_of('model.py'), line
+    line, = re.findall(r'^        p = norm\(C.*\n', text_of('model.py'), re.M)
+    changed = text_of('model.py').replace(line, textwrap.indent(idea, '        '))
+    module = type(sys)('changed')
+    monkeypatch.setitem(sys.modules, 'changed', module)
+    exec(compile(changed, 'changed', 'exec'), module.__dict__)
+    layer = module.AoE(module.GPTConfig(n_embd=16, d_low=8))
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight)
+    x = torch.randn(5, 16)
+    p = torch.stack([(x @ w_down).abs().sum(1) for w_down in layer.w_down], dim=1)
+    assert torch.allclose(layer(x)[1].scores, p, atol=1e-4)
 
 
 def test_no_line_is_wider_than_100_columns():

@@ -460,15 +460,15 @@ def test_what_auto_takes(monkeypatch):
 # as programs
 
 @pytest.mark.slow
-@pytest.mark.parametrize('line, status', (
-    ('train.py --help | head -1', 141), ('sample.py out/piped | true', 141),
-    ('train.py --help >&-', 0), ('sample.py out/piped/aoe --show_experts=True 2>&-', 0)))
-def test_a_reader_that_goes_away_and_a_poor_terminal_are_no_traceback(train_here, line, status):
+@pytest.mark.parametrize('line, statuses', (
+    ('train.py --help | true', {141}), ('sample.py out/piped | head -1', {0, 141}),
+    ('train.py --help >&-', {0}), ('sample.py out/piped/aoe --show_experts=True 2>&-', {0})))
+def test_a_reader_that_goes_away_and_a_poor_terminal_are_no_traceback(train_here, line, statuses):
     if not os.path.exists('out/piped'):
         train_here('--mlp=aoe', '--out_dir=out/piped', '--max_iters=1')
     line = f"PYTHONIOENCODING=ascii '{sys.executable}' {ROOT}/{line}; exit ${{PIPESTATUS[0]}}"
     process = subprocess.run(['bash', '-c', line], capture_output=True, text=True)
-    assert (process.returncode, process.stderr) == (status, '')
+    assert process.returncode in statuses and process.stderr == ''
 
 
 @pytest.mark.slow
