@@ -37,7 +37,6 @@ def step_of(variant, compile=False, **changes):
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('variant', VARIANTS, ids=str)
 def test_a_gpu_gives_the_gradients_of_a_cpu_in_float32(variant, dtype, recompute):
-    """In float32 and bfloat16 by F.grouped_mm, in float16 by a loop over experts."""
     results, distance = [], 1e-4 if dtype == torch.float32 else 0.08
     for device in ('cpu', 'cuda'):
         torch.manual_seed(0)

@@ -59,9 +59,8 @@ def test_the_text_is_what_generate_draws_and_each_sample_has_a_seed(tmp_path, ca
                                                 seed=seed)[0].tolist()) for seed in (4, 5)]
     assert capsys.readouterr().out == f'{expected[0]}\n{"-" * 80}\n{expected[1]}\n'
     assert expected[0] != expected[1]
-    folder, _ = make_run(tmp_path, vocab_size=200)       # no token beyond the tokenizer is drawn
-    sample.main([folder, '--temperature=90', '--max_new_tokens=100'])
-    assert set(capsys.readouterr().out) <= set(VOCABULARY)
+    sample.main([make_run(tmp_path, vocab_size=200)[0], '--temperature=90', '--max_new_tokens=100'])
+    assert set(capsys.readouterr().out) <= set(VOCABULARY)         # no token beyond the tokenizer
 
 
 @pytest.mark.parametrize('dtype', ('float32', 'bfloat16'))

@@ -9,8 +9,8 @@ Speed and memory of the variants. (`aoe_whole` is aoe with a gate that is not fa
 step: a training step, as train.py does it. The variants take turns, so that what slows the machine
 for a while slows all of them: a ratio is the median of the ratios of all rounds. memory: what a
 layer keeps for backward. (With recompute a block keeps what enters it, and no more.) fake: the most
-that a training step holds at once, with the keys of config files. memory and fake compute in
-bfloat16 with tensors that have a shape but no numbers: no GPU is needed, but F.grouped_mm is.
+that a step holds at once, with the keys of config files and the gradients of the batches before.
+memory and fake compute in bfloat16 with tensors that have no numbers, only a shape: on any machine.
 """
 
 import os
