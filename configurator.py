@@ -45,7 +45,7 @@ class UserError(ValueError):
 def run(main):
     """Call main(arguments of the command line). A UserError ends the program with its one line and
     exit status 2, Ctrl-C with 130; and with 141, quietly, that nobody reads its output any more."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):          # None: closed, as by >&-
         stream.reconfigure(errors='replace', line_buffering=True)  # a terminal may lack a character
     try:
         main(sys.argv[1:])
@@ -108,6 +108,7 @@ def typed(cls, key, value, where='--', note=''):
         raise UserError(f'{where}{key}: no such key; {hint}{note}')
     # int gives (int,), int | None gives (int, NoneType), a Literal its values
     options = typing.get_args(known[key]) or (known[key],)
+    # a text such as '3' stays one where the field is a text; 'None' is None where it may be
     is_text = str in options and not (value == 'None' and types.NoneType in options)
     if type(value) is str and not is_text:
         text = value.strip()

@@ -63,9 +63,8 @@ class SampleConfig:
 # -----------------------------------------------------------------------------
 # Part 1: a run's files, and its model
 
-# what ckpt.pt holds; best.pt has the first three
-CHECKPOINT = {'model': dict, 'meta': dict, 'recipe': dict, 'optimizer': dict, 'scaler': dict,
-              'iter': int, 'seconds': float, 'log': list}
+BEST = {'model': dict, 'meta': dict, 'recipe': dict}               # what best.pt holds
+CHECKPOINT = {**BEST, 'optimizer': dict, 'scaler': dict, 'iter': int, 'seconds': float, 'log': list}
 
 
 def load_checkpoint(path, device, mmap=False):
@@ -73,11 +72,11 @@ def load_checkpoint(path, device, mmap=False):
     from the disk only what is looked at. Raises UserError."""
     if not os.path.exists(path):
         raise UserError(f'expected a checkpoint, got no file {path}; train one with train.py')
-    keys = list(CHECKPOINT)[:3] if os.path.basename(path) == 'best.pt' else CHECKPOINT
+    keys = BEST if os.path.basename(path) == 'best.pt' else CHECKPOINT
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
         whole = all(isinstance(checkpoint[key], CHECKPOINT[key]) for key in keys)
-        whole &= all(entry['iter'] + entry['val_loss'] < math.inf
+        whole &= all(isinstance(entry['iter'], int) and math.isfinite(entry['val_loss'])
                      for entry in checkpoint.get('log', ()))
     except Exception:                    # torch.load has many ways to find a file damaged
         whole = False
@@ -345,7 +344,8 @@ def differences(runs, base='moe', loss='lowest_val_loss'):
 
 def t_95(n):
     """Half a 95 % interval of the mean of n values, in standard errors, by Student's t with n - 1
-    degrees of freedom. With t = sqrt(n - 1) tan(a) its density becomes cos(a)^(n - 2)."""
+    degrees of freedom. With t = sqrt(n - 1) tan(a) its density becomes cos(a)^(n - 2), so its
+    integral is a sum over a grid of angles a."""
     angle = np.linspace(0, math.pi / 2, 100_001)
     density = np.cos(angle) ** (n - 2)
     within = np.append(0, np.cumsum(density[1:] + density[:-1]))   # up to a factor
@@ -498,8 +498,8 @@ def draw_loss(runs, color):
                       linestyle='-' if name in COLOR_OF else '--')
             axes.fill_between(x, losses.min(1), losses.max(1), color=color[name], alpha=0.2)
             axes.grid(alpha=0.3)
-        shown += losses[1:].flatten().tolist() or losses.flatten().tolist()
-    # the first evaluation, before any training, may lie outside
+        later = losses[1:] if len(losses) > 1 else losses          # the first is of no training
+        shown += later.flatten().tolist()
     panels[0].set(title='same tokens', xlabel='iteration', ylabel='validation loss (nats per '
                   'token)', ylim=(min(shown) - 0.05, max(shown) + 0.05))
     panels[1].set(title='same seconds (of runs that share a machine)',

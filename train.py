@@ -112,7 +112,7 @@ class TrainConfig(GPTConfig):
         expect(self, ('beta1', 'beta2'), 'at least 0 and below 1', lambda beta: 0 <= beta < 1)
         expect(self, ('out_dir', 'data_dir', 'dataset'), 'the name of a folder',
                lambda name: name and name.isprintable())
-        expect(self, 'name', 'letters, digits, spaces and . , = + - % ( ) (a folder is called so, '
+        expect(self, 'name', 'letters, digits, spaces and . , = + - % (a folder is called so, '
                'and a row of tables)', is_run_name)
 
     @property
@@ -148,7 +148,7 @@ def plan_runs(from_file, from_line):
         runs = {name: {'mlp': name} for name in names}
         if len(runs) < len(names):
             raise UserError(f'mlp: expected each once, got {",".join(names)}')
-    if not runs or (the_name and len(runs) > 1):
+    if not runs or (the_name is not None and len(runs) > 1):
         raise UserError(f'runs: expected one at least, and one alone with --name, got {len(runs)}')
     # what no entry of `runs` may have: what all runs share, and what is on the line
     shared = {'runs', 'name', 'seed', 'seeds', 'out_dir', 'jobs', 'init_from', 'eval_only',
@@ -165,11 +165,13 @@ def plan_runs(from_file, from_line):
             for key in shared & own.keys():
                 raise UserError(f'{where}expected keys of one run, got {key}, which all share')
             try:
-                run = TrainConfig(**given | own | {'name': the_name or name, 'seed': seed})
+                called = name if the_name is None else the_name
+                run = TrainConfig(**given | own | {'name': called, 'seed': seed})
             except ValueError as error:  # GPTConfig's errors are no UserErrors
                 raise UserError(str(error)) from None
-            if planned.setdefault(run.folder, run) is not run:
+            if run.folder in planned:
                 raise UserError(f'seeds: expected each once, got two runs for {run.folder}')
+            planned[run.folder] = run
     return list(planned.values())
 
 
@@ -489,7 +491,8 @@ MAY_CHANGE = {'device', 'processor', 'torch', 'model.py', 'train.py'}
 
 
 def hash_of(path):
-    """Of the code in a file, without its comments and docstrings."""
+    """Of the code in a file, without its comments and docstrings. (Python versions may differ in
+    how they unparse it.)"""
     tree = ast.parse(read_text(path))
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -517,18 +520,21 @@ def settle(config, jobs):
     meta = checked_meta(os.path.join(c.data_dir, c.dataset))
     expect(c, 'block_size', f'less than the {meta["val_tokens"]} tokens of {c.dataset} for '
            'validation', lambda S: S < meta['val_tokens'])
+    expect(c, 'batch_size', f'a batch below the {meta["train_tokens"]:,} training tokens of '
+           f'{c.dataset}', lambda n: n * c.block_size <= meta['train_tokens'])
     if c.eval_only or os.path.exists(c.path('ckpt.pt')):
         checkpoint = load_checkpoint(c.path('ckpt.pt'), 'cpu', mmap=True)
         was = checkpoint['recipe']
         expect(c, 'max_iters', f'at least the {checkpoint["iter"]} iterations that {c.folder} has '
                '(--name= trains anew)', lambda n: c.eval_only or n >= checkpoint['iter'])
-    c.threads = c.threads or max(1, usable_cores() // jobs)
+    c.threads = c.threads or max(1, usable_cores() // max(jobs, WORLD_SIZE))
     c.vocab_size = c.vocab_size or meta['vocab_size']
     expect(c, 'vocab_size', f'at least the {meta["vocab_size"]} of {c.dataset}',
            lambda n: n >= meta['vocab_size'])
     if was is not None:
         c.lr_decay_iters = c.lr_decay_iters or was.get('lr_decay_iters')
-        c.dtype = was.get('dtype', 'auto') if c.dtype == 'auto' else c.dtype
+        if c.dtype == 'auto':
+            c.dtype = was.get('dtype', 'auto')
     c.lr_decay_iters = c.lr_decay_iters or c.max_iters
     if c.dtype == 'auto':
         c.dtype = fast_dtype(c, device)
@@ -537,18 +543,20 @@ def settle(config, jobs):
 
 
 def refuse_another_recipe(config, was, now):
-    """Raise UserError where a run would go on with another recipe."""
+    """Raise UserError where a run would go on with another recipe; tell what else has changed."""
     wrong = []
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    was = {key: defaults.get(key) for key in now} | was            # it may be older than a key
     for key in was | now:
-        if was.get(key) == now.get(key):
+        if was[key] == now.get(key):
             continue
         if key in MAY_CHANGE:
-            tqdm.write(f'{config.folder}: {key} is {now.get(key)} now, and was {was.get(key)}')
+            tqdm.write(f'{config.folder}: {key} is {now.get(key)} now, and was {was[key]}')
         elif config.eval_only:
             tqdm.write(f'{config.folder}: evaluated with {key} = {now.get(key)}, trained with '
-                       f'{was.get(key)}')
+                       f'{was[key]}')
         else:
-            wrong.append(f'{key} = {was.get(key)} and not {now.get(key)}')
+            wrong.append(f'{key} = {was[key]} and not {now.get(key)}')
     if wrong:
         raise UserError(f'{config.path("ckpt.pt")}: expected what it was trained with, '
                         f'{", ".join(wrong)}; leave it so, or train anew with --name=')
@@ -582,7 +590,7 @@ def check_folders(runs):
     c = runs[0]
     # such as config/quick_start, whose results and pictures would be written over
     for file in os.listdir(c.out_dir) if os.path.isdir(c.out_dir) else ():
-        if file.endswith(('.py', '.md')):
+        if file.endswith('.py') or file == 'README.md':
             raise UserError(f'out_dir: expected a folder for runs alone, got {c.out_dir} with '
                             f'{file} in it')
     begun = [run for run in runs if os.path.exists(run.path('ckpt.pt'))]
@@ -710,7 +718,7 @@ def train_side_by_side(runs, jobs, stop):
                     del at_work[connection]
                     if process.exitcode == 0:
                         continue
-                    what, values = 'error', [RunFailed(
+                    what, values = 'error', [RunFailed(            # as if it had sent this
                         f'{terminal.config.folder}: its process ended with exit code '
                         f'{process.exitcode}; --init_from=resume goes on with it')]
                 if what == 'line':
@@ -756,7 +764,7 @@ def stop_on_signals(stop):
         stop.value = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if number not in (signal.SIGINT, signal.SIGTERM):          # to print would fail from now on
+        if number not in (signal.SIGINT, signal.SIGTERM):          # SIGHUP: printing would fail now
             sink = os.open(os.devnull, os.O_WRONLY)
             os.dup2(sink, sys.stdout.fileno())
             os.dup2(sink, sys.stderr.fileno())

@@ -20,7 +20,7 @@ import configurator
 import prepare_data
 import sample
 import train
-from conftest import ROOT, SMALL, run_here, run_script, start_script, table_of
+from conftest import ROOT, SMALL, run_here, run_script, table_of
 from sample import as_lines, group, load_checkpoint, read_log
 
 FILES = ['best.pt', 'ckpt.pt', 'config.json', 'log.jsonl']
@@ -469,18 +469,6 @@ def test_a_reader_that_goes_away_and_a_poor_terminal_are_no_traceback(train_here
     line = f"PYTHONIOENCODING=ascii '{sys.executable}' {ROOT}/{line}; exit ${{PIPESTATUS[0]}}"
     process = subprocess.run(['bash', '-c', line], capture_output=True, text=True)
     assert process.returncode in statuses and process.stderr == ''
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists('/proc/self/maps'), reason='needs Linux')
-def test_ctrl_c_while_pytorch_is_imported_ends_without_a_word(workspace):
-    process = start_script('train.py', *SMALL, '--out_dir=out/import', cwd=workspace)
-    maps = pathlib.Path(f'/proc/{process.pid}/maps')
-    while 'torch' not in maps.read_text():
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.communicate() == ('', '') and process.returncode in (-signal.SIGINT, 130)
-    assert not (workspace / 'out/import').exists()
 
 
 @pytest.mark.slow
