@@ -383,16 +383,16 @@ class GPT(nn.Module):
             if self.config.recompute:
                 # backward calls the block again, and gives it the weights of now: they may be
                 # somebody's replacements (torch.func)
-                weights = dict(block.named_parameters())
+                weights = dict(block.named_parameters(remove_duplicate=False))
                 x, routing = checkpoint(functional_call, block, weights, inputs,
                                         use_reentrant=False)
             else:
                 x, routing = block(*inputs)
             routings.append(routing)
-        logits = at_least_float32(self.head(self.norm(x)))         # (B, S, vocab_size)
+        logits = self.head(self.norm(x))                           # (B, S, vocab_size)
         loss = None
         if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            loss = F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten())
         fields = zip(*routings)                                    # all scores, all chosen, ...
         return logits, loss, Routing(*(torch.stack(field) for field in fields))
 
@@ -416,7 +416,7 @@ class GPT(nn.Module):
         generator = torch.Generator(idx.device).manual_seed(seed)
         for _ in range(max_new_tokens):
             logits, _, _ = self(idx[:, -self.config.block_size:])
-            logits = logits[:, -1, :vocab_size]                    # (B, vocab_size)
+            logits = at_least_float32(logits[:, -1, :vocab_size])  # (B, vocab_size)
             if vocab_top_k is not None:
                 kept = logits.topk(min(vocab_top_k, logits.shape[-1])).values
                 logits = logits.masked_fill(logits < kept[:, -1:], -torch.inf)

@@ -302,10 +302,12 @@ def variant_of(seeds):
     its {seed: result}."""
     recipe = next(iter(seeds.values()))['recipe']
     moe, aoe, factorised = recipe['mlp'] == 'moe', recipe['mlp'] == 'aoe', recipe['factorised']
+    std = recipe.get('router_std')
+    std = 0.02 if std is None else std                             # of older results
     narrow = aoe and factorised and (recipe.get('d_judge') or math.inf) < recipe['d_low']
     parts = {'_whole': aoe and not factorised, ' narrow': narrow, ' factorised': moe and factorised,
              f' {recipe["router"]}': moe and recipe['router'] != 'linear',
-             ' wide': moe and (recipe.get('router_std') or 0.02) > 0.02}   # older: None
+             ' wide': moe and std > 0.02, ' flat': moe and std < 0.02}
     return recipe['mlp'] + ''.join(part for part, there in parts.items() if there)
 
 
@@ -418,8 +420,16 @@ def print_table(results, out_dir):
     print(f'\nval loss: the lowest; Ent_load: ln E where all is even; pictures in {out_dir}')
     if found:
         print('minus moe: mean and 95 % interval over the seeds; **bold** if it excludes 0')
+    for name, difference in found.items():                         # which seeds both have
+        if len(difference.minus) < max(len(runs[name]), len(runs[difference.base])):
+            print(f'{name}: minus moe over the seeds {", ".join(map(str, difference.minus))} alone')
     for note in notes_of(found):
         print(note)
+    recipes = [next(iter(seeds.values()))['recipe'] for seeds in runs.values()]
+    differ = {key for recipe in recipes for key in (recipe | recipes[0]).keys() - OF_VARIANT
+              if recipe.get(key) != recipes[0].get(key)}
+    if differ:
+        print(f'these runs differ in {", ".join(sorted(differ))}, too')
     for name, seeds in runs.items():
         last, lowest = (statistics.mean(losses_of(seeds, key))
                         for key in ('val_loss', 'lowest_val_loss'))
@@ -433,12 +443,13 @@ def write_results(results, out_dir):
     path = os.path.join(out_dir, 'results.jsonl')
     lines = [json.dumps({key: value for key, value in result.items()
                          if key not in ('log', 'class_load', 'from')}) for result in results]
-    present = [(result['run'], result['seed'], result['recipe']) for result in results]
+    def is_present(old):
+        return any(all(old[key] == result[key] for key in ('run', 'seed', 'recipe'))
+                   and old['iter'] <= result['iter'] for result in results)
     kept = []
     for line in read_text(path).splitlines() if os.path.exists(path) else ():
         try:
-            old = json.loads(line)
-            if (old['run'], old['seed'], old['recipe']) not in present:
+            if not is_present(json.loads(line)):
                 kept.append(line)
         except (ValueError, TypeError, KeyError):                  # not ours
             kept.append(line)

@@ -45,7 +45,7 @@ import configurator
 from configurator import (RANK, WORLD_SIZE, UserError, choose_device, expect, fast_dtype,
                           keep_freed_memory, parse, processor_name, read_config_file, read_text,
                           replacing, typed, usable_cores, write_text)
-from model import GPT, GPTConfig, entropy, size_against_moe
+from model import GPT, GPTConfig, size_against_moe
 from prepare_data import fingerprint, load_meta
 from sample import (CLASSES, as_lines, class_of, draw, is_run_name, load_checkpoint, load_states,
                     read_results, show_results)
@@ -260,7 +260,8 @@ def measure(routing, classes, config):
     measured = {
         'tokens': torch.tensor(used.shape[1]),                     # T
         'used': used.sum(1),                                       # T f of Eq. 6: (L, E)
-        'ent_conf': entropy(routing.scores).mean(1),               # Eq. 8: (L,)
+        # Eq. 8: (L,); entr, unlike `entropy`, allows a score of -inf, as an edited p may have
+        'ent_conf': torch.special.entr(routing.scores.softmax(-1)).sum(-1).mean(1),
         'aux_loss': routing.aux_loss.sum()}
     if config.mlp == 'aoe':
         measured['norm'] = routing.scores.mean(1)                  # (L, E)
@@ -295,7 +296,7 @@ def evaluate(model, data, autocast, splits=('train', 'val')):
     if not measured:                                               # dense
         return entry
     total = {key: torch.stack([m[key] for m in measured]).sum(0).cpu() for key in measured[0]}
-    load = total['used'] / total['used'].sum(1, keepdim=True)      # (L, E)
+    load = (total['used'] / total['used'].sum(1, keepdim=True)).nan_to_num()   # (L, E)
     found = {'load': load, 'ent_load': torch.special.entr(load).sum(1),        # Eq. 7
              'experts_per_token': total['used'].sum(1) / total['tokens']}
     for key in {'ent_conf', 'aux_loss', 'norm'} & total.keys():
@@ -380,13 +381,16 @@ def prepare(config):
     state.forward = torch.compile(model) if c.compile else model
     if WORLD_SIZE > 1:
         state.forward = torch.nn.parallel.DistributedDataParallel(state.forward)
+    recipe = recipe_of(c, state.data.meta, device)
     if os.path.exists(c.path('ckpt.pt')):
         saved = load_checkpoint(c.path('ckpt.pt'), device)
         load_states(saved, c.path('ckpt.pt'), model=model, optimizer=state.optimizer,
                     scaler=state.scaler)
         state.iteration, state.seconds, state.log = saved['iter'], saved['seconds'], saved['log']
-    state.result = {'run': c.name, 'seed': c.seed, 'dataset': c.dataset,
-                    'recipe': recipe_of(c, state.data.meta, device),
+        for key in MAY_CHANGE:           # a run that went on with other code is of both
+            was, now = saved['recipe'].get(key), recipe[key]
+            recipe[key] = was if last_of(was) == now else f'{was}, then {now}'
+    state.result = {'run': c.name, 'seed': c.seed, 'dataset': c.dataset, 'recipe': recipe,
                     'total_parameters': model.total_parameters(),
                     'active_parameters': model.active_parameters(),
                     'flops_per_token': model.flops_per_token()}
@@ -542,13 +546,18 @@ def settle(config, jobs):
         refuse_another_recipe(c, was, recipe_of(c, meta, device))
 
 
+def last_of(value):
+    """Of 'one, then two', as a resumed run has it in its recipe, 'two'."""
+    return value.rpartition(', then ')[2] if isinstance(value, str) else value
+
+
 def refuse_another_recipe(config, was, now):
     """Raise UserError where a run would go on with another recipe; tell what else has changed."""
     wrong = []
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     was = {key: defaults.get(key) for key in now} | was            # it may be older than a key
     for key in was | now:
-        if was[key] == now.get(key):
+        if last_of(was[key]) == now.get(key):
             continue
         if key in MAY_CHANGE:
             tqdm.write(f'{config.folder}: {key} is {now.get(key)} now, and was {was[key]}')
@@ -576,7 +585,7 @@ def save(state):
         with replacing(c.path('best.pt')) as part:
             torch.save(for_sampling, part)
     write_text(c.path('log.jsonl'), as_lines(log))
-    result = state.result | {'iter': state.iteration}
+    result = state.result | {'iter': log[-1]['iter'] if log else None}   # of the last evaluation
     write_text(c.path('config.json'), json.dumps(result, indent=1))
 
 
@@ -793,7 +802,7 @@ def main(arguments):
     jobs = 1 if c.eval_only or WORLD_SIZE > 1 else min(jobs, len(runs))
     for run in runs:
         settle(run, jobs)
-    for run in runs if RANK == 0 else ():
+    for run in runs if RANK == 0 and not c.eval_only else ():
         make_folder(run)
     to_train, failed = [], False
     for run in runs:

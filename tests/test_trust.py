@@ -239,9 +239,32 @@ def test_other_code_and_another_processor_are_told_and_not_averaged(train_here, 
     rows('--seeds=1,2', '--max_iters=10')
     here('two')
     printed, found = rows('--seeds=1', '--init_from=resume')
-    expected = [f'dense ({key} one, to 10)', f'dense ({key} two)', 'run']
+    expected = [f'dense ({key} one, then two)', f'dense ({key} one, to 10)', 'run']
     assert f'{key} is two now, and was one' in printed and found == expected
-    assert rows('--seeds=3')[1] == expected                        # the facts of who saved last
+    assert rows('--seeds=3')[1] == [*expected[:2], f'dense ({key} two)', 'run']
+
+
+def test_a_run_that_is_stopped_in_its_last_iteration_is_evaluated_when_it_goes_on(
+        train_here, monkeypatch):
+    def last(state, iterate=train.one_iteration):
+        if state.iteration == 19:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return iterate(state)
+    more = ['--mlp=moe', '--out_dir=out/last']
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'one_iteration', last)
+        assert run_here(train.main, *SMALL, *more, check=False).returncode == 128 + signal.SIGTERM
+    log = train_here(*more, '--init_from=resume')
+    assert log[-1]['iter'] == 20 and 'test_loss' in log[-1] and log[-2]['iter'] == 10
+
+
+def test_a_table_tells_what_differs_and_over_which_seeds_it_compares(train_here):
+    more = [*SMALL, '--out_dir=out/unlike']
+    run_here(train.main, *more, '--mlp=moe', '--seeds=1,2')
+    printed = run_here(train.main, *more, '--mlp=aoe', '--seeds=2,3').stdout
+    assert 'aoe: minus moe over the seeds 2 alone' in printed and 'these runs differ' not in printed
+    printed = run_here(train.main, *more, '--mlp=dense', '--seeds=2', '--eval_iters=1').stdout
+    assert 'these runs differ in eval_iters, too' in printed
 
 
 # -----------------------------------------------------------------------------
