@@ -34,8 +34,8 @@ def test_bytes_kept_are_those_that_a_hand_counts(mode):
     # gate, u, SiLU(gate), SiLU(gate) u; rows of x, and of the result before and after times w
     rows = {'dense': T * K * 4 * d, 'moe': N * (4 * d + 3 * D), 'aoe_whole': N * (4 * d + 3 * D),
             'aoe': N * (4 * d_wide + 3 * D + n)}
-    # of all experts: C, which norm has in float32, and the matrices in the order of their product
-    judging = {'aoe': (2 * T + D) * E * n, 'aoe_whole': (2 * T + D) * E * m}
+    # of all experts: C, and the matrices in the order of their product
+    judging = {'aoe': (T + D) * E * n, 'aoe_whole': (T + D) * E * m}
     for side, keys in SIDES.items():
         keys = {'n_embd': D, 'd_ffn': d, 'aux_weight': 0.01} | keys
         keys |= {'aoe': {'d_low': n}, 'aoe_whole': {'d_judge': m}}.get(side, {})
