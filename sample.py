@@ -441,11 +441,13 @@ def write_results(results, out_dir):
     """Write results.jsonl: a line for each result. It keeps the lines of runs whose folders are
     gone, or hold another run now. So an experiment may run in blocks, and no line is lost."""
     path = os.path.join(out_dir, 'results.jsonl')
-    lines = [json.dumps({key: value for key, value in result.items()
-                         if key not in ('log', 'class_load', 'from')}) for result in results]
+    lines = [{key: value for key, value in result.items()
+              if key not in ('log', 'class_load', 'from')} for result in results]
+
     def is_present(old):
         return any(all(old[key] == result[key] for key in ('run', 'seed', 'recipe'))
                    and old['iter'] <= result['iter'] for result in results)
+
     kept = []
     for line in read_text(path).splitlines() if os.path.exists(path) else ():
         try:
@@ -453,7 +455,7 @@ def write_results(results, out_dir):
                 kept.append(line)
         except (ValueError, TypeError, KeyError):                  # not ours
             kept.append(line)
-    write_text(path, ''.join(line + '\n' for line in kept + lines))
+    write_text(path, ''.join(line + '\n' for line in kept) + as_lines(lines))
 
 
 def as_lines(entries):
