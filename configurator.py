@@ -18,7 +18,6 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
-import functools
 import inspect
 import os
 import platform
@@ -29,7 +28,6 @@ import types
 import typing
 
 import torch
-from torch.utils.benchmark import Timer
 
 # torchrun starts WORLD_SIZE processes of train.py, each with a RANK from 0 on
 RANK, WORLD_SIZE = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -45,8 +43,7 @@ class UserError(ValueError):
 def run(main):
     """Call main(arguments of the command line). A UserError ends the program with its one line and
     exit status 2, Ctrl-C with 130; and with 141, quietly, that nobody reads its output any more."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):          # None: closed, as by >&-
-        stream.reconfigure(errors='replace', line_buffering=True)  # a terminal may lack a character
+    steady_output()
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -58,6 +55,12 @@ def run(main):
     except BrokenPipeError:                              # as in `python train.py --help | head`
         sys.stdout = open(os.devnull, 'w')               # Python flushes it once more at the end
         sys.exit(141)
+
+
+def steady_output():
+    """Print each line as it ends, and ? where the terminal lacks a character."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):          # None: closed, as by >&-
+        stream.reconfigure(errors='replace', line_buffering=True)
 
 
 def parse(cls, arguments, usage):
@@ -229,12 +232,15 @@ def processor_name(device):
     0.006 nats per token apart on two kinds of CPU."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
-    name = platform.processor()
-    if os.path.exists('/proc/cpuinfo'):                            # Linux says more
-        info = dict(re.findall(r'^([^\t\n]+)\t*: (.+)', read_text('/proc/cpuinfo'), re.M))
-        name = (f'{info.get("model name", name)} '
-                f'({info.get("cpu family", "?")}/{info.get("model", "?")})')
-    return f'{name} {torch.backends.cpu.get_cpu_capability()}'
+    info = dict(re.findall(r'^([^\t\n]+)\t*: (.+)', cpu_info(), re.M))
+    name = info.get('model name', platform.processor())
+    kind = f'({info.get("cpu family", "?")}/{info.get("model", "?")})' if info else ''
+    return f'{name} {kind} {torch.backends.cpu.get_cpu_capability()}'
+
+
+def cpu_info():
+    """What Linux says of the CPU; elsewhere nothing."""
+    return read_text('/proc/cpuinfo') if os.path.exists('/proc/cpuinfo') else ''
 
 
 def usable_cores():
@@ -244,32 +250,13 @@ def usable_cores():
     return os.cpu_count()
 
 
-def fast_dtype(config, device):
-    """The name of the dtype of matmuls that auto stands for. On a CPU an expert's matmuls are
-    timed, with config.threads threads."""
+def fast_dtype(device):
+    """The name of the dtype of matmuls that auto stands for."""
     if device.type == 'cuda':            # T4 and V100 are fast in float16 alone
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return 'bfloat16' if native else 'float16'
-    if device.type != 'cpu' or WORLD_SIZE > 1:           # processes might decide differently
-        return 'float32'
-    # (rows, D) times (D, d), but not so small that its time is all overhead
-    rows = max(256, config.batch_size * config.block_size * config.top_k // config.n_expert)
-    D, d = max(96, config.n_embd), max(384, config.d_ffn)
-    return 'bfloat16' if bfloat16_gain(rows, D, d, config.threads) > 1.2 else 'float32'
-
-
-@functools.cache
-def bfloat16_gain(rows, D, d, threads):
-    """How many times as fast as in float32 this CPU multiplies an expert's matrices in bfloat16,
-    forward and backward. Not every processor that has it is fast."""
-    def seconds(dtype):
-        x, w, dy = (torch.ones(size, dtype=dtype) for size in ((rows, D), (D, d), (rows, d)))
-        timer = Timer('x @ w, dy @ w.T, x.T @ dy', globals={'x': x, 'w': w, 'dy': dy},
-                      num_threads=threads)
-        return timer.blocked_autorange(min_run_time=0.15).median
-    gain = seconds(torch.float32) / seconds(torch.bfloat16)
-    print(f'dtype: this CPU multiplies {gain:.2g} times as fast in bfloat16 as in float32')
-    return gain
+    # of CPUs those with Intel's matrix unit; others have bfloat16, too, but may be slow in it
+    return 'bfloat16' if device.type == 'cpu' and 'amx_bf16' in cpu_info() else 'float32'
 
 
 def keep_freed_memory():

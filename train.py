@@ -15,7 +15,6 @@ of the end has with --seeds= a column `minus moe`. results.jsonl has a line for 
 """
 
 import ast
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -44,7 +43,7 @@ from tqdm import tqdm
 import configurator
 from configurator import (RANK, WORLD_SIZE, UserError, choose_device, expect, fast_dtype,
                           keep_freed_memory, parse, processor_name, read_config_file, read_text,
-                          replacing, typed, usable_cores, write_text)
+                          replacing, steady_output, typed, usable_cores, write_text)
 from model import GPT, GPTConfig, size_against_moe
 from prepare_data import fingerprint, load_meta
 from sample import (CLASSES, as_lines, class_of, draw, is_run_name, load_checkpoint, load_states,
@@ -334,14 +333,14 @@ class RunFailed(UserError):
     """A run has diverged, or its process was killed. The other runs go on."""
 
 
-def train(config, stop, terminal):
+def train(config, stop, progress):
     """Train one run, from scratch or from its ckpt.pt, until max_iters, or until stop.value is the
-    number of a signal. What is to be told goes to terminal. Raises UserError, also as RunFailed."""
+    number of a signal. Calls progress(tokens done, loss). Raises UserError, also as RunFailed."""
     c, state = config, prepare(config)
-    terminal.line(description(state))
+    tell(description(state))
     if c.eval_only:
-        terminal.line(report(c, {'iter': state.iteration,
-                                 **evaluate(state.model, state.data, state.autocast)}))
+        entry = evaluate(state.model, state.data, state.autocast)
+        tell(report(c, {'iter': state.iteration, **entry}))
         return
     clock, shown_loss = time.perf_counter(), math.nan
     while True:
@@ -350,7 +349,7 @@ def train(config, stop, terminal):
         if RANK == 0 and (ended or stopped or state.iteration % c.eval_interval == 0):
             # the clock stands still here; for a GPU the .item() of log_interval has waited
             state.seconds += time.perf_counter() - clock
-            look_and_save(state, ended, stopped, terminal)
+            look_and_save(state, ended, stopped)
             clock = time.perf_counter()
         if ended or stopped:
             return
@@ -360,7 +359,7 @@ def train(config, stop, terminal):
         if state.iteration % c.log_interval == 0:
             refuse_not_finite(state)
             shown_loss = loss.item()
-        terminal.progress(state.iteration * c.tokens_per_iter, shown_loss)
+        progress(state.iteration * c.tokens_per_iter, shown_loss)
 
 
 def prepare(config):
@@ -422,7 +421,7 @@ def one_iteration(state):
     return loss
 
 
-def look_and_save(state, ended, stopped, terminal):
+def look_and_save(state, ended, stopped):
     """Evaluate the model, save the run, tell and draw its loss. Where the run was stopped, or was
     evaluated at this iteration before it was resumed, only save it."""
     c, log = state.config, state.log
@@ -436,9 +435,9 @@ def look_and_save(state, ended, stopped, terminal):
                 **evaluate(state.model, state.data, state.autocast, splits)})
     refuse_not_finite(state, log[-1])
     save(state)
-    terminal.line(report(c, log[-1]))
+    tell(report(c, log[-1]))
     # of all runs: whoever evaluates last has drawn them all
-    draw(read_results(c.out_dir, terminal.line), c.out_dir, ['loss.png'], terminal.line)
+    draw(read_results(c.out_dir, tell), c.out_dir, ['loss.png'], tell)
 
 
 def refuse_not_finite(state, entry=None):
@@ -518,32 +517,30 @@ def recipe_of(config, meta, device):
 
 
 def settle(config, jobs):
-    """Decide the keys that the data, the machine or the run's checkpoint decide. Raises UserError
-    where it would go on with another recipe; where it is only evaluated, that is told."""
-    c, device, was = config, choose_device(config.device), None
+    """Decide the keys that the data, the machine or the run's checkpoint decide. Returns how many
+    iterations the run has. Raises UserError where it would go on with another recipe."""
+    c, device = config, choose_device(config.device)
     meta = checked_meta(os.path.join(c.data_dir, c.dataset))
     expect(c, 'block_size', f'less than the {meta["val_tokens"]} tokens of {c.dataset} for '
            'validation', lambda S: S < meta['val_tokens'])
     expect(c, 'batch_size', f'a batch below the {meta["train_tokens"]:,} training tokens of '
            f'{c.dataset}', lambda n: n * c.block_size <= meta['train_tokens'])
-    if c.eval_only or os.path.exists(c.path('ckpt.pt')):
+    begun, checkpoint = c.eval_only or os.path.exists(c.path('ckpt.pt')), {'recipe': {}, 'iter': 0}
+    if begun:
         checkpoint = load_checkpoint(c.path('ckpt.pt'), 'cpu', mmap=True)
-        was = checkpoint['recipe']
-        expect(c, 'max_iters', f'at least the {checkpoint["iter"]} iterations that {c.folder} has '
-               '(--name= trains anew)', lambda n: c.eval_only or n >= checkpoint['iter'])
+    was = checkpoint['recipe']
+    expect(c, 'max_iters', f'at least the {checkpoint["iter"]} iterations that {c.folder} has '
+           '(--name= trains anew)', lambda n: c.eval_only or n >= checkpoint['iter'])
     c.threads = c.threads or max(1, usable_cores() // max(jobs, WORLD_SIZE))
     c.vocab_size = c.vocab_size or meta['vocab_size']
     expect(c, 'vocab_size', f'at least the {meta["vocab_size"]} of {c.dataset}',
            lambda n: n >= meta['vocab_size'])
-    if was is not None:
-        c.lr_decay_iters = c.lr_decay_iters or was.get('lr_decay_iters')
-        if c.dtype == 'auto':
-            c.dtype = was.get('dtype', 'auto')
-    c.lr_decay_iters = c.lr_decay_iters or c.max_iters
+    c.lr_decay_iters = c.lr_decay_iters or was.get('lr_decay_iters') or c.max_iters
     if c.dtype == 'auto':
-        c.dtype = fast_dtype(c, device)
-    if was is not None:
+        c.dtype = was.get('dtype') or fast_dtype(device)
+    if begun:
         refuse_another_recipe(c, was, recipe_of(c, meta, device))
+    return checkpoint['iter']
 
 
 def last_of(value):
@@ -552,7 +549,8 @@ def last_of(value):
 
 
 def refuse_another_recipe(config, was, now):
-    """Raise UserError where a run would go on with another recipe; tell what else has changed."""
+    """Raise UserError where a run would go on with another recipe; tell what may have changed, or
+    for a run that is only evaluated all that has."""
     wrong = []
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     was = {key: defaults.get(key) for key in now} | was            # it may be older than a key
@@ -560,10 +558,9 @@ def refuse_another_recipe(config, was, now):
         if last_of(was[key]) == now.get(key):
             continue
         if key in MAY_CHANGE:
-            tqdm.write(f'{config.folder}: {key} is {now.get(key)} now, and was {was[key]}')
+            tell(f'{config.folder}: {key} is {now.get(key)} now, and was {was[key]}')
         elif config.eval_only:
-            tqdm.write(f'{config.folder}: evaluated with {key} = {now.get(key)}, trained with '
-                       f'{was[key]}')
+            tell(f'{config.folder}: evaluated with {key} = {now.get(key)}, trained with {was[key]}')
         else:
             wrong.append(f'{key} = {was[key]} and not {now.get(key)}')
     if wrong:
@@ -640,7 +637,7 @@ def read_config_json(run):
 
 # -----------------------------------------------------------------------------
 # the terminal, and runs side by side: the matmuls of a small model are too small for two threads,
-# so on a CPU a core trains a run of its own. The first process alone writes to the terminal.
+# so on a CPU a core trains a run of its own, in a process of its own
 
 SPAWN = multiprocessing.get_context('spawn')                       # the one way on all systems
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -648,122 +645,109 @@ if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_I
     SIGNALS.append(signal.SIGHUP)                                  # a terminal is closed
 
 
-class Terminal:
-    """What a run shows: lines, and below those of all runs a progress bar of its own."""
-
-    def __init__(self, config):
-        self.config, self.bar = config, None
-
-    def line(self, text):
-        if RANK == 0:
-            tqdm.write(text)
-
-    def progress(self, tokens, loss):
-        if self.bar is None:
-            # None: tqdm hides it where the output is no terminal. A notebook can't move up to it
-            hidden = True if RANK > 0 or 'JPY_PARENT_PID' in os.environ else None
-            self.bar = tqdm(total=self.config.max_iters * self.config.tokens_per_iter,
-                            initial=tokens, desc=os.path.basename(self.config.folder), unit='tok',
-                            unit_scale=True, dynamic_ncols=True, leave=False, disable=hidden)
-        self.bar.set_postfix_str(f'loss {loss:.3f}', refresh=False)
-        self.bar.update(tokens - self.bar.n)
-
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
+def tell(text, file=None):
+    """Print a line where the progress bar is, which is then drawn again below it."""
+    if RANK == 0:
+        # \033[K erases the bar, which may be of another process
+        tqdm.write(('\r\033[K' if os.isatty(1) else '') + text + '\n', file, end='')
 
 
-class Sender:
-    """The Terminal of a run in a process of its own: it sends to the first process what is to be
-    shown, ('line', text) or ('progress', tokens, loss)."""
+class Progress:
+    """A bar of all runs together. What each has done lies in memory that processes share."""
 
-    def __init__(self, connection):
-        self.connection = connection
+    def __init__(self, done):
+        """done: pairs of a run and how many iterations it has."""
+        self.of = {run.folder: SPAWN.RawArray('d', (n * run.tokens_per_iter, math.nan))
+                   for run, n in done}                             # (tokens, loss)
+        # disable=None: no bar where the output is no terminal
+        self.bar = tqdm(total=sum(run.max_iters * run.tokens_per_iter for run, _ in done),
+                        initial=self.tokens(), unit='tok', unit_scale=True, dynamic_ncols=True,
+                        leave=False, disable=True if RANK > 0 else None)
 
-    def line(self, text):
-        self.connection.send(('line', text))
+    def tokens(self):
+        return int(sum(tokens for tokens, _ in self.of.values()))
 
-    def progress(self, tokens, loss):
-        self.connection.send(('progress', tokens, loss))
-
-
-def train_apart(config, hashes, stop, connection):
-    """train() in a process of its own, which has imported model.py and train.py anew. It ends when
-    the first process is gone."""
-    with contextlib.suppress(BrokenPipeError):                     # ckpt.pt is there to go on from
-        try:
-            changed = [file for file in HASHES if HASHES[file] != hashes[file]]
-            if changed:
-                raise RunFailed(f'{config.folder}: expected the code of the start, got another '
-                                f'{" and ".join(changed)}; start anew')
-            train(config, stop, Sender(connection))
-        except UserError as error:
-            connection.send(('error', error))
+    def show(self, runs):
+        """Draw the bar, with the losses of these runs, which are at work."""
+        losses = [self.of[run.folder][1] for run in runs]
+        known = ' '.join(f'{loss:.3f}' for loss in losses if not math.isnan(loss))
+        self.bar.set_postfix_str(f'loss {known}', refresh=False)
+        self.bar.update(self.tokens() - self.bar.n)
 
 
-def train_side_by_side(runs, jobs, stop):
-    """Train runs in processes of their own, `jobs` at once. Returns whether one has failed; the
-    others go on. Raises another UserError of one, when all have saved and ended."""
-    waiting, at_work, failed, wrong = list(runs), {}, False, None
+def attempt(config, stop, progress):
+    """train(). Returns an exit status: 1 where the run has failed, 2 after another UserError."""
+    try:
+        train(config, stop, progress)
+    except UserError as error:
+        if WORLD_SIZE > 1:               # RANK 0 alone may know, and the others would wait for it
+            raise
+        tell(f'error: {error}', sys.stderr)
+        return 1 if isinstance(error, RunFailed) else 2
+    return 0
+
+
+def train_one_by_one(runs, stop, progress):
+    """Train runs in this process. Returns the highest exit status. Where one has failed (1) the
+    others go on."""
+    status = 0
+    for run in runs:
+        def show(tokens, loss, run=run):
+            progress.of[run.folder][:] = tokens, loss
+            progress.show([run])
+        status = max(status, attempt(run, stop, show))
+        if status == 2 or stop.value:
+            break
+    return status
+
+
+def train_apart(config, hashes, stop, shared):
+    """In a process of its own, which has imported model.py and train.py anew: train a run."""
+    steady_output()
+    first = multiprocessing.parent_process()
+
+    def show(tokens, loss):
+        shared[:] = tokens, loss
+        if not first.is_alive():         # it was killed; ckpt.pt is there to go on from
+            sys.exit(1)
+    changed = [file for file in HASHES if HASHES[file] != hashes[file]]
+    if changed:
+        tell(f'error: {config.folder}: expected the code of the start, got another '
+             f'{" and ".join(changed)}; start anew', sys.stderr)
+        sys.exit(1)
+    sys.exit(attempt(config, stop, show))
+
+
+def train_side_by_side(runs, jobs, stop, progress):
+    """Train runs in processes of their own, `jobs` at once. Returns the highest exit status. Where
+    one has failed (1) the others go on; after another UserError (2) all save and end."""
+    waiting, at_work, status = list(runs), {}, 0
     try:
         while at_work or (waiting and not stop.value):
             while waiting and len(at_work) < jobs and not stop.value:
                 run = waiting.pop(0)
-                connection, theirs = SPAWN.Pipe(duplex=False)
-                process = SPAWN.Process(target=train_apart, args=(run, HASHES, stop, theirs))
+                process = SPAWN.Process(target=train_apart,
+                                        args=(run, HASHES, stop, progress.of[run.folder]))
                 for number in SIGNALS:                   # a process ignores what is ignored as it
                     signal.signal(number, signal.SIG_IGN)          # starts: only this one reacts
                 process.start()
                 stop_on_signals(stop)
-                theirs.close()           # so that connection ends when the process does
-                at_work[connection] = process, Terminal(run)
-            for connection in wait(at_work, timeout=1):  # stop is looked at each second
-                process, terminal = at_work[connection]
-                try:
-                    what, *values = connection.recv()
-                except (EOFError, OSError):                        # the process has ended
-                    process.join()
-                    terminal.close()
-                    del at_work[connection]
-                    if process.exitcode == 0:
-                        continue
-                    what, values = 'error', [RunFailed(            # as if it had sent this
-                        f'{terminal.config.folder}: its process ended with exit code '
-                        f'{process.exitcode}; --init_from=resume goes on with it')]
-                if what == 'line':
-                    terminal.line(*values)
-                elif what == 'progress':
-                    terminal.progress(*values)
-                elif isinstance(values[0], RunFailed):
-                    failed = True
-                    tqdm.write(f'error: {values[0]}', file=sys.stderr)
-                else:
-                    wrong = wrong or values[0]
-                    stop.value = signal.SIGTERM                    # the others save and end
+                at_work[process.sentinel] = process, run
+            ended = wait(at_work, timeout=0.5)
+            progress.show([run for _, run in at_work.values()])
+            for sentinel in ended:
+                process, run = at_work.pop(sentinel)
+                process.join()
+                if process.exitcode == 2:
+                    stop.value = signal.SIGTERM
+                elif process.exitcode < 0:               # minus the signal that killed it
+                    tell(f'error: {run.folder}: its process ended with exit code '
+                         f'{process.exitcode}; --init_from=resume goes on with it', sys.stderr)
+                status = max(status, process.exitcode, process.exitcode < 0)
     finally:
-        for process, _ in at_work.values():                        # after a second Ctrl-C
+        for process, _ in at_work.values():              # after a second Ctrl-C
             process.kill()
-    if wrong:
-        raise wrong
-    return failed
-
-
-def train_one_by_one(runs, stop):
-    """Train runs in this process. Returns whether one has failed; the others go on."""
-    failed = False
-    for run in runs:
-        terminal = Terminal(run)
-        try:
-            train(run, stop, terminal)
-        except RunFailed as error:
-            if WORLD_SIZE > 1:           # RANK 0 alone may know, and the others would wait for it
-                raise
-            failed = True
-            tqdm.write(f'error: {error}', file=sys.stderr)
-        terminal.close()
-        if stop.value:
-            break
-    return failed
+    return status
 
 
 def stop_on_signals(stop):
@@ -800,22 +784,25 @@ def main(arguments):
     # all runs are settled before the first trains: a mistake in the last shows at once
     jobs = c.jobs or (usable_cores() if choose_device(c.device).type == 'cpu' else 1)
     jobs = 1 if c.eval_only or WORLD_SIZE > 1 else min(jobs, len(runs))
-    for run in runs:
-        settle(run, jobs)
+    done = [(run, settle(run, jobs)) for run in runs]
     for run in runs if RANK == 0 and not c.eval_only else ():
         make_folder(run)
-    to_train, failed = [], False
+    to_train, status = [], 0
     for run in runs:
         result = read_config_json(run)
         if 'diverged' in result and not c.eval_only:
-            failed = True
-            tqdm.write(f'error: {run.folder}: has diverged; --name= trains anew', file=sys.stderr)
+            status = 1
+            tell(f'error: {run.folder}: has diverged; --name= trains anew', sys.stderr)
         elif result.get('iter') != run.max_iters or c.eval_only:   # it has not ended yet
             to_train.append(run)
+    progress = Progress(done)
     if jobs > 1:
-        failed |= train_side_by_side(to_train, jobs, stop)
+        status = max(status, train_side_by_side(to_train, jobs, stop, progress))
     else:
-        failed |= train_one_by_one(to_train, stop)
+        status = max(status, train_one_by_one(to_train, stop, progress))
+    progress.bar.close()
+    if status == 2:
+        sys.exit(2)
     if stop.value:
         again = [argument for argument in arguments if not argument.startswith('--init_from=')]
         print('\nstopped and saved; to go on: '
@@ -826,7 +813,7 @@ def main(arguments):
         show_results(c.out_dir)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
-    sys.exit(1 if failed else 0)
+    sys.exit(status)
 
 
 if __name__ == '__main__':

@@ -88,7 +88,7 @@ def test_a_stop_before_the_first_evaluation_loses_nothing(train_here):
     run, = train.plan_runs({}, configurator.parse(train.TrainConfig, [*SMALL, *arguments], '')[0])
     train.settle(run, 1)
     os.makedirs(run.folder)
-    train.train(run, SimpleNamespace(value=signal.SIGINT), train.Terminal(run))
+    train.train(run, SimpleNamespace(value=signal.SIGINT), lambda *_: None)
     assert sorted(os.listdir(run.folder)) == ['ckpt.pt', 'config.json', 'log.jsonl']
     assert [entry['iter'] for entry in train_here(*arguments, '--init_from=resume')] == [0, 10, 20]
 
@@ -214,11 +214,11 @@ def test_a_result_never_stands_under_settings_that_did_not_make_it(train_here, r
 
 def test_a_run_keeps_the_dtype_that_auto_has_taken(train_here, monkeypatch):
     auto = ['--mlp=dense', '--dtype=auto', '--lr_decay_iters=20']
-    for gain, out, kept in ((2.0, 'kept', 'bfloat16'), (0.5, 'kept', 'bfloat16'),
-                            (0.5, 'other', 'float32')):
-        monkeypatch.setattr(configurator, 'bfloat16_gain', lambda *shape, gain=gain: gain)
+    for flags, out, kept in (('avx2 amx_bf16', 'kept', 'bfloat16'), ('avx2', 'kept', 'bfloat16'),
+                             ('avx2', 'other', 'float32')):
+        monkeypatch.setattr(configurator, 'cpu_info', lambda flags=flags: flags)
         log = train_here(*auto, f'--out_dir=out/{out}', '--init_from=auto',
-                         f'--max_iters={10 if gain > 1 else 20}')
+                         f'--max_iters={10 if "amx" in flags else 20}')
         assert load_checkpoint(f'out/{out}/dense/ckpt.pt', 'cpu')['recipe']['dtype'] == kept
     assert log[-1]['iter'] == 20
 
@@ -455,18 +455,12 @@ def test_float16_skips_what_overflows_and_shows_at_an_evaluation_what_diverges(
 
 def test_what_auto_takes(monkeypatch):
     def dtype(kind):
-        return configurator.fast_dtype(train.TrainConfig(threads=1), torch.device(kind))
+        return configurator.fast_dtype(torch.device(kind))
 
-    def timer(statement, globals, num_threads):
-        exec(statement, globals)                                   # its shapes fit
-        seconds = clock[globals['x'].dtype, globals['w'].dtype, globals['dy'].dtype]
-        return SimpleNamespace(blocked_autorange=lambda **_: SimpleNamespace(median=seconds))
-    monkeypatch.setattr(configurator, 'Timer', timer)
-    for gain, expected in ((3.0, 'bfloat16'), (0.2, 'float32')):
-        clock = {(torch.float32,) * 3: gain, (torch.bfloat16,) * 3: 1.0}
-        configurator.bfloat16_gain.cache_clear()
-        assert dtype('cpu') == expected and configurator.bfloat16_gain(9, 9, 9, 1) == gain
-    configurator.bfloat16_gain.cache_clear()
+    for flags, expected in (('flags\t\t: fpu amx_bf16 amx_tile', 'bfloat16'),
+                            ('flags\t\t: fpu avx512_bf16', 'float32'), ('', 'float32')):
+        monkeypatch.setattr(configurator, 'cpu_info', lambda flags=flags: flags)
+        assert dtype('cpu') == expected
     for native, expected in ((True, 'bfloat16'), (False, 'float16')):
         monkeypatch.setattr(torch.cuda, 'is_bf16_supported',
                             lambda including_emulation, native=native: native)

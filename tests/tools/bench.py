@@ -129,7 +129,7 @@ def bench_step(bench, _):
         runs = runs_of(label, dtype=bench.dtype, recompute=bench.recompute,
                        threads=torch.get_num_threads())
         c = runs[1]
-        dtype = fast_dtype(c, device) if c.dtype == 'auto' else c.dtype
+        dtype = fast_dtype(device) if c.dtype == 'auto' else c.dtype
         seconds = alternate({run.name: begin(replace(run, dtype=dtype), tokens, bench.compile)
                              for run in runs}, bench)
         show(f'training step, {label}, {c.batch_size} x {c.block_size} tokens, {device}, '
