@@ -13,7 +13,7 @@ as at the end of train.py.
     python sample.py out/quick_start
 
 Four parts: 1. a run's files, and its model  2. which expert took which token  3. the results of
-runs: brought together, compared, in a table, in pictures  4. main, and the page for a browser
+runs: brought together, compared, in a table, in pictures  4. main
 """
 
 import dataclasses
@@ -164,6 +164,11 @@ def watch_experts(model, tokens):
     return scores, torch.zeros_like(scores).scatter_add(2, chosen.clamp(min=0), weights)
 
 
+def first_expert(weights):
+    """The expert with the largest of a token's weights; None where nobody handles it."""
+    return max(range(len(weights)), key=weights.__getitem__) if any(weights) else None
+
+
 def color_text(texts, experts):
     """For a terminal: the texts of tokens, each on the colour of its expert."""
     def paint(text, expert):
@@ -194,6 +199,37 @@ def stand_outs(evaluation):
                 found.append((expert, text.replace('%', ' %')))
         layers.append(found)
     return layers
+
+
+PAGE_HEAD = f"""<!doctype html><meta charset="utf-8"><title>Which expert took which token?</title>
+<style>
+  body {{ max-width: 50em; margin: auto; font-family: sans-serif }}
+  pre {{ white-space: pre-wrap; line-height: 1.6 }}
+</style>
+<p>A token's colour is that of its first expert, which has the largest weight. Point at a token for
+the scores of all experts, and the weights of those that handle it. {LINE_END} is a line end.</p>
+"""
+
+
+def experts_page(texts, scores, weights, notes):
+    """A page of HTML: for each layer what stands out in it (notes, of stand_outs), and the texts of
+    tokens, coloured by scores and weights (L, S, E)."""
+    def paint(text, expert, tip=''):
+        color = '' if expert is None else f'color: black; background: {PALETTE[expert % 8]}'
+        return f'<span style="{color}" title="{tip}">{text}</span>'
+    page = [PAGE_HEAD]
+    for layer, (layer_scores, layer_weights) in enumerate(zip(scores.tolist(), weights.tolist())):
+        page.append(f'<h2>Layer {layer + 1}</h2>\n')
+        for expert, text in notes[layer] if notes else ():
+            page.append(paint(f' expert {expert} ', expert) + f' takes {text}<br>\n')
+        page.append('<pre>')
+        for text, p, w in zip(texts, layer_scores, layer_weights):
+            tip = [f'{expert}: {score:.2f}' + (f', weight {weight:.2f}' if weight else '')
+                   for expert, (score, weight) in enumerate(zip(p, w))]
+            text = escape(text).replace('\n', f'{LINE_END}\n')
+            page.append(paint(text, first_expert(w), '\n'.join(tip)))
+        page.append('</pre>\n')
+    return ''.join(page)
 
 
 # -----------------------------------------------------------------------------
@@ -622,9 +658,7 @@ def write_samples(folder, config):
                 continue
             scores, weights = watch_experts(model, tokens)
         texts = [tokenizer.decode([token]) for token in tokens.tolist()]
-        experts = [max(range(len(w)), key=w.__getitem__) if any(w) else None
-                   for w in weights[config.layer - 1].tolist()]
-        print(color_text(texts, experts))
+        print(color_text(texts, [first_expert(w) for w in weights[config.layer - 1].tolist()]))
     if config.show_experts:              # a page of the last text
         try:                             # best.pt is of the evaluation with the lowest loss
             best = min(reversed(read_log(folder)), key=lambda evaluation: evaluation['val_loss'])
@@ -632,80 +666,8 @@ def write_samples(folder, config):
         except (ValueError, KeyError, TypeError, IndexError):      # its log is gone, or damaged
             notes = []
         path = os.path.join(folder, 'experts.html')
-        write_text(path, experts_page(texts, scores, weights, config.layer, notes))
+        write_text(path, experts_page(texts, scores, weights, notes))
         print(f'\nto open in a browser: {path}')
-
-
-def experts_page(texts, scores, weights, layer, notes):
-    """A page of HTML that needs nothing else: which experts took the texts of tokens. It opens with
-    layer, from 1; notes are those of stand_outs."""
-    scores, weights = (part.cpu().double().round(decimals=4) for part in (scores, weights))
-    return PAGE.replace('DATA', json.dumps({
-        # escaped, so that no text of a token can end the script that this is part of
-        'texts': [escape(text).replace('\n', f'{LINE_END}\n') for text in texts],
-        'scores': scores.tolist(), 'weights': weights.tolist(), 'layer': layer - 1, 'notes': notes,
-        'low': min(0, scores.min().item()), 'high': max(0, scores.max().item()),
-        'palette': PALETTE}))
-
-
-PAGE = r"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Which expert took which token?</title>
-<style>
-  :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
-  body { max-width: 58em; margin: auto; padding: 1em }
-  main { display: flex; flex-wrap: wrap; gap: 1.5em; align-items: start }
-  pre { flex: 1 1 20em; font: 15px/1.6 monospace; white-space: pre-wrap; overflow-wrap: anywhere;
-        margin: 0 }
-  table { flex: 0 1 19em; position: sticky; top: 0; border-spacing: 0.5em 0 }
-  td:nth-child(2) { width: 100% } td div { height: 1em; background: gray }
-  button { font: inherit; min-width: 2em; border: 0; cursor: pointer }
-  .on { outline: 2px solid CanvasText; position: relative; z-index: 1 }
-</style>
-<h2>Which expert took which token?</h2>
-<p>A token's colour is that of its first expert, which has the largest weight. Point at a token for
-its scores; press an expert for its tokens.</p>
-<p>layer <span id="layers"></span> &emsp; expert <span id="experts"></span>
-&emsp; &para;&nbsp;line&nbsp;end</p>
-<p>What stands out in the whole validation text: <span id="notes"></span></p>
-<main><pre id="text"></pre><table id="bars"></table></main>
-<script>
-const data = DATA
-let layer = data.layer, token = 0, only = null   // only: the expert whose tokens alone are coloured
-const put = (id, parts) => document.getElementById(id).innerHTML = parts.join('')
-const color = i => `color: black; background: ${data.palette[i % 8]}`
-const button = (text, on, click, style) => `<button class="${on ? 'on' : ''}" style="${style}"
-  onclick="${click}; drawLayer()">${text}</button>`
-const expert = i => button(i, i === only, `only = ${i === only ? null : i}`, color(i))
-
-function drawLayer() {
-  put('layers', data.scores.map((_, l) => button(l + 1, l === layer, `layer = ${l}`, '')))
-  put('experts', data.scores[0][0].map((_, i) => expert(i)))
-  const notes = data.notes[layer] ?? []                            // none where no characters are
-  put('notes', notes.map(([i, text]) => `<br>expert ${expert(i)} takes ${text}`))
-  put('text', data.texts.map((text, t) => {
-    const weights = data.weights[layer][t], first = weights.indexOf(Math.max(...weights))
-    const shown = only ?? first              // with weight 0 nobody handles the token
-    return `<span style="${weights[shown] ? color(shown) : ''}"
-      onpointerover="token = ${t}; drawToken()">${text}</span>`
-  }))
-  drawToken()
-}
-
-function drawToken() {
-  const percent = 100 / (data.high - data.low)
-  const head = `<tr><th>"${data.texts[token]}"<th><th>score<th>weight`
-  put('bars', [head, ...data.scores[layer][token].map((score, i) => {
-    const weight = data.weights[layer][token][i], told = weight ? weight.toFixed(2) : ''
-    return `<tr><td>${expert(i)}<td><div style="width: ${percent * (score - data.low)}%;
-      ${weight ? color(i) : ''}"></div><td>${score.toFixed(2)}<td><b>${told}</b>`
-  })])
-  document.querySelector('pre .on')?.classList.remove('on')
-  document.getElementById('text').children[token].classList.add('on')
-}
-drawLayer()
-</script>
-"""
 
 
 if __name__ == '__main__':
