@@ -287,6 +287,7 @@ def group(results):
     for result in results:
         shape = result['recipe'] | {'seed': None, 'run': result['run'], 'iter': result['iter'],
                                     'diverged': result.get('diverged')}
+        shape = {key: value for key, value in shape.items() if value is not None}
         seeds = next((seeds for other, seeds in groups if other == shape), None)
         if seeds is None:
             groups.append((shape, seeds := {}))
@@ -298,16 +299,14 @@ def group(results):
     runs = {}
     for shape, seeds in groups:
         others = [other for other, _ in groups if other['run'] == shape['run']]
-        differ = [key for key in shape if any(other.get(key) != shape[key] for other in others)]
-        notes = [f'{key} {shape[key]!s:.40}' for key in differ if key not in ('iter', 'diverged')]
-        if shape['diverged'] is not None:
+        differ = [key for key in set().union(*others) - {'iter', 'diverged'}
+                  if any(other.get(key) != shape.get(key) for other in others)]
+        notes = [f'{key} {shape.get(key)}' for key in sorted(differ)]
+        if 'diverged' in shape:
             notes.append(f'diverged at {shape["diverged"]}')
         elif shape['iter'] < furthest:
             notes.append(f'to {shape["iter"]}')
-        name = shape['run'] + (f' ({", ".join(notes)})' if notes else '')
-        while name in runs:              # values are cut short, and None is like no value
-            name += "'"
-        runs[name] = seeds
+        runs[shape['run'] + (f' ({", ".join(notes)})' if notes else '')] = seeds
     return runs
 
 

@@ -354,12 +354,12 @@ def test_a_label_says_what_differs(results, expected):
     assert {name: list(seeds) for name, seeds in group(results).items()} == expected
 
 
-@pytest.mark.parametrize('one, other', (
-    ({'key': None}, {}), ({}, {'key': None}),                      # of before there was that key
-    ({'processor': 50 * 'x' + '1'}, {'processor': 50 * 'x' + '2'})))
-def test_no_result_is_lost_where_labels_are_alike(one, other):
+@pytest.mark.parametrize('one, other, rows', (
+    ({'key': None}, {}, 1), ({}, {'key': None}, 1),                # of before there was that key
+    ({'processor': 50 * 'x' + '1'}, {'processor': 50 * 'x' + '2'}, 2)))
+def test_no_result_is_lost_where_labels_are_alike(one, other, rows):
     runs = group([result(**one), result(seed=2, **other)])
-    assert sorted(seed for seeds in runs.values() for seed in seeds) == [1, 2] and len(runs) == 2
+    assert sorted(seed for seeds in runs.values() for seed in seeds) == [1, 2] and len(runs) == rows
 
 
 def test_what_cannot_be_read_is_left_out_of_the_table(rows):
