@@ -149,14 +149,14 @@ class SparseMLP(nn.Module):
         """
         rows = sort_by_expert(I, w, self.config.n_expert)
         x_rows = x.index_select(0, rows.token)                     # (N, D)
-        if not self.config.factorised:
-            gate = of_each(self.w_g, x_rows, rows)                 # x Wg_i: (N, d)
-        else:
+        if self.config.factorised:
             if C is None:                                          # a router has chosen
                 C_rows = of_each(self.w_down, x_rows, rows)        # x Wdown_i: (N, d_low)
             else:
                 C_rows = C.flatten(0, 1).index_select(0, rows.pair)
             gate = of_each(self.w_up, C_rows, rows)                # C_i Wup_i: (N, d)
+        else:
+            gate = of_each(self.w_g, x_rows, rows)                 # x Wg_i: (N, d)
         u = of_each(self.w_p, x_rows, rows)                        # x Wp_i: (N, d)
         y = of_each(self.w_o, F.silu(gate) * u, rows)              # (N, D)
         y = y * rows.weight.type_as(y).unsqueeze(1)                # times w_i
@@ -230,9 +230,9 @@ class WholeAoE(SparseMLP):
 
 def mlp_of(config):
     """The MLP that the configuration asks for."""
-    if config.mlp == 'aoe' and not config.factorised:
-        return WholeAoE(config)
-    return {'dense': MLP, 'moe': MoE, 'aoe': AoE}[config.mlp](config)
+    if config.mlp == 'aoe':
+        return AoE(config) if config.factorised else WholeAoE(config)
+    return MoE(config) if config.mlp == 'moe' else MLP(config)
 
 
 def norm(C):
@@ -242,9 +242,8 @@ def norm(C):
 
 def count(I, E):
     """How many tokens each expert handles, by I (T, K): (E,)."""
-    I = I.masked_fill(I < 0, E).flatten()                          # nobody counts as an expert E,
-    counts = I.new_zeros(E + 1).scatter_add(0, I, torch.ones_like(I))
-    return counts[:E]                                              # which is left out here
+    I = I.masked_fill(I < 0, E).flatten()                          # -1, nobody, becomes E
+    return I.new_zeros(E + 1).scatter_add(0, I, torch.ones_like(I))[:E]
 
 
 def entropy(p):
@@ -393,8 +392,7 @@ class GPT(nn.Module):
         loss = None
         if targets is not None:
             loss = F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten())
-        fields = zip(*routings)                                    # all scores, all chosen, ...
-        return logits, loss, Routing(*(torch.stack(field) for field in fields))
+        return logits, loss, Routing(*(torch.stack(field) for field in zip(*routings)))
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, vocab_top_k=None, vocab_size=None,
@@ -435,12 +433,11 @@ class GPT(nn.Module):
     def active_parameters(self):
         """How many of them one token meets: of each expert weight, which is stacked over the E
         experts, the share of those that handle a token; but of what judges in aoe, all."""
-        c, active = self.config, self.total_parameters()
+        c, active, judging = self.config, self.total_parameters(), 0
+        if c.mlp == 'aoe':               # every expert takes its first look at every token
+            judging = c.n_expert * c.n_embd * (c.d_low if c.factorised else c.d_judge)
         for block in self.blocks:
             stacked = sum(weight.numel() for weight in block.mlp.parameters() if weight.dim() == 3)
-            judging = 0
-            if c.mlp == 'aoe':           # every expert takes its first look at every token
-                judging = c.n_expert * c.n_embd * (c.d_low if c.factorised else c.d_judge)
             active -= (1 - experts_of_a_token(c) / c.n_expert) * (stacked - judging)
         return round(active)
 
@@ -448,7 +445,8 @@ class GPT(nn.Module):
         """Floating-point operations of a training step per token: 6 for each active weight of a
         matrix (a multiply and an add, once in forward, twice in backward), and 12 S D a layer for
         attention's two products, at full context without the saving of the causal mask."""
-        c, norms = self.config, sum(w.numel() for w in self.parameters() if w.dim() < 2)
+        c = self.config
+        norms = sum(weight.numel() for weight in self.parameters() if weight.dim() < 2)
         weights = self.active_parameters() - norms
         if c.mlp == 'aoe' and not c.factorised:          # the chosen compute what judged once more
             weights += round(c.n_layer * experts_of_a_token(c) * c.n_embd * c.d_judge)
@@ -508,7 +506,7 @@ def sort_by_expert(I, w, E):
         expert, weight, token = expert[somebody], weight[somebody], token[somebody]
     # a `choose` of your own may leave -1 in I: such a row is the last expert's, and weighs nothing
     weight = weight.masked_fill(expert < 0, 0)
-    expert = expert.where(expert >= 0, E - 1)
+    expert = expert.masked_fill(expert < 0, E - 1)
     padding = padding_of(expert, E)
     expert, order = torch.cat([expert, padding]).sort(stable=True)
     token = F.pad(token, (0, len(padding)))[order]                 # padding is of token 0
@@ -544,7 +542,7 @@ def fill_in(config):
         c.factorised = c.mlp == 'aoe'
     if c.d_ffn is None:
         c.d_ffn = 4 * c.n_embd
-    if not c.factorised and not (c.mlp == 'moe' and c.router == 'large'):
+    if not (c.factorised or (c.mlp == 'moe' and c.router == 'large')):
         c.d_low = None
     elif c.d_low is None:
         c.d_low = default_d_low(c.n_embd, c.d_ffn)
@@ -594,7 +592,8 @@ def choose_by_another_rule(p, config):
     takes its best tokens of the batch, wherever they stand in it; so later tokens decide, too, and
     the loss is lower than it could be in use.
     """
-    q, (T, E) = p.softmax(-1), p.shape
+    T, E = p.shape
+    q = p.softmax(-1)
     if config.select == 'top_p':
         q, I = q.sort(descending=True)
         before = q.cumsum(-1) - q                                  # what the likelier ones reach
@@ -640,6 +639,6 @@ def refuse_misfits(config):
         need(c, 'd_low', c.d_wide > 0, f'less: Eq. 5 leaves no d_wide to experts of {c.d_ffn}')
     if c.mlp == 'aoe' and c.factorised:
         need(c, 'd_judge', c.d_judge <= c.d_low, f'at most d_low = {c.d_low}')
-    if c.mlp == 'aoe' and not c.factorised:
+    elif c.mlp == 'aoe':
         most = min(D, c.d_ffn)
         need(c, 'd_judge', c.d_judge <= most, f'at most {most}, the least of n_embd and d_ffn')

@@ -15,7 +15,6 @@ of the end has with --seeds= a column `minus moe`. results.jsonl has a line for 
 """
 
 import ast
-import dataclasses
 import functools
 import hashlib
 import inspect
@@ -137,7 +136,8 @@ def plan_runs(from_file, from_line):
     and in an entry of `runs` is refused. Raises UserError.
     """
     given = from_file | from_line
-    runs, the_name, seeds = given.pop('runs', None), given.pop('name', None), given.get('seeds')
+    runs, the_name = given.pop('runs', None), given.pop('name', None)
+    seeds = given.get('seeds')           # each run keeps this key: its folder is called by its seed
     if seeds and 'seed' in given:
         raise UserError('seed: expected seed or seeds, got both')
     if {'mlp', 'runs'} <= from_line.keys():
@@ -160,7 +160,7 @@ def plan_runs(from_file, from_line):
             where = f'runs, {name}: '
             if not (isinstance(name, str) and isinstance(differs, dict)):
                 raise UserError(f'{where}expected a name and a dict of keys, got {differs!r}')
-            own = {key: typed(TrainConfig, key, differs[key], where) for key in differs}
+            own = {key: typed(TrainConfig, key, value, where) for key, value in differs.items()}
             for key in shared & own.keys():
                 raise UserError(f'{where}expected keys of one run, got {key}, which all share')
             try:
@@ -202,10 +202,8 @@ class Data:
         self.config, self.device, self.meta = config, device, checked_meta(folder)
         self.class_of_token = torch.tensor([class_of(c) for c in self.meta['vocabulary'] or ''],
                                            device=device)
-        self.tokens = {}
-        for split in ('train', 'val'):
-            path = os.path.join(folder, f'{split}.bin')
-            self.tokens[split] = np.memmap(path, dtype=np.uint16, mode='r')
+        self.tokens = {split: np.memmap(os.path.join(folder, f'{split}.bin'), np.uint16, 'r')
+                       for split in ('train', 'val')}
 
     def batch(self, split, starts):
         """The batch of the windows that begin at starts."""
@@ -232,8 +230,8 @@ class Data:
         n = min(self.config.eval_iters, math.ceil(tokens / (size * S)))   # once each is enough
         starts = np.linspace(0, tokens - S - 1, n * size, dtype=np.int64)
         if split == 'test':
-            # a window of S + 1 tokens has to fit into the gap between two of them. There is a gap
-            # less than windows, so the last batch goes
+            # each has to fit between two windows of 'val', S + 1 tokens long as they are. There is
+            # one such place fewer than windows, hence a batch fewer
             room = starts[-1] / max(1, n * size - 1) >= 2 * (S + 1)
             n = n - 1 if room else 0
             starts = ((starts[:-1] + starts[1:]) // 2)[:n * size]
@@ -254,8 +252,8 @@ def measure(routing, classes, config):
     classes (T,): of each token; None where the tokens are no characters.
     """
     E = config.n_expert
-    chosen = routing.chosen.masked_fill(routing.chosen < 0, E)     # nobody counts as an expert E,
-    used = F.one_hot(chosen, E + 1).sum(2)[..., :E].float()        # which is left out: (L, T, E)
+    chosen = routing.chosen.masked_fill(routing.chosen < 0, E)     # -1, nobody, becomes E
+    used = F.one_hot(chosen, E + 1).sum(2)[..., :E].float()        # 1 where chosen: (L, T, E)
     measured = {
         'tokens': torch.tensor(used.shape[1]),                     # T
         'used': used.sum(1),                                       # T f of Eq. 6: (L, E)
@@ -347,7 +345,7 @@ def train(config, stop, progress):
         # every eval_interval iterations, and at the end: evaluate and save
         ended, stopped = state.iteration >= c.max_iters, stop.value > 0
         if RANK == 0 and (ended or stopped or state.iteration % c.eval_interval == 0):
-            # the clock stands still here; for a GPU the .item() of log_interval has waited
+            # evaluation is no training time; a GPU is done if log_interval divides eval_interval
             state.seconds += time.perf_counter() - clock
             look_and_save(state, ended, stopped)
             clock = time.perf_counter()
@@ -365,7 +363,8 @@ def train(config, stop, progress):
 def prepare(config):
     """What a run needs and what training changes: model, optimizer, data; iteration, seconds, log.
     All as in its ckpt.pt, if there is one: resuming is wanted then (check_folders)."""
-    c, device, dtype = config, choose_device(config.device), getattr(torch, config.dtype)
+    c, path = config, config.path('ckpt.pt')
+    device, dtype = choose_device(c.device), getattr(torch, c.dtype)
     keep_freed_memory()                  # of the C library: a quarter of a step's time on a CPU
     torch.set_num_threads(c.threads)
     torch.manual_seed(c.seed)
@@ -381,10 +380,9 @@ def prepare(config):
     if WORLD_SIZE > 1:
         state.forward = torch.nn.parallel.DistributedDataParallel(state.forward)
     recipe = recipe_of(c, state.data.meta, device)
-    if os.path.exists(c.path('ckpt.pt')):
-        saved = load_checkpoint(c.path('ckpt.pt'), device)
-        load_states(saved, c.path('ckpt.pt'), model=model, optimizer=state.optimizer,
-                    scaler=state.scaler)
+    if os.path.exists(path):
+        saved = load_checkpoint(path, device)
+        load_states(saved, path, model=model, optimizer=state.optimizer, scaler=state.scaler)
         state.iteration, state.seconds, state.log = saved['iter'], saved['seconds'], saved['log']
         for key in MAY_CHANGE:           # a run that went on with other code is of both
             was, now = saved['recipe'].get(key), recipe[key]
@@ -509,8 +507,7 @@ HASHES = {'model.py': hash_of(inspect.getsourcefile(GPT)), 'train.py': hash_of(_
 def recipe_of(config, meta, device):
     """All that shapes the result of a run: its keys, the data, the machine and the code. Runs that
     are equal in it, but for the seed, are seeds of one another."""
-    keys = [field.name for field in dataclasses.fields(config) if field.name not in NOT_IN_RECIPE]
-    return {key: getattr(config, key) for key in keys} | {
+    return {key: value for key, value in vars(config).items() if key not in NOT_IN_RECIPE} | {
         'sha256': meta['sha256'][:8], 'train_tokens': meta['train_tokens'],
         'val_tokens': meta['val_tokens'], 'device': device.type,
         'processor': processor_name(device), 'torch': str(torch.__version__), **HASHES}
@@ -525,9 +522,9 @@ def settle(config, jobs):
            'validation', lambda S: S < meta['val_tokens'])
     expect(c, 'batch_size', f'a batch below the {meta["train_tokens"]:,} training tokens of '
            f'{c.dataset}', lambda n: n * c.block_size <= meta['train_tokens'])
-    begun, checkpoint = c.eval_only or os.path.exists(c.path('ckpt.pt')), {'recipe': {}, 'iter': 0}
-    if begun:
-        checkpoint = load_checkpoint(c.path('ckpt.pt'), 'cpu', mmap=True)
+    begun = c.eval_only or os.path.exists(c.path('ckpt.pt'))
+    checkpoint = (load_checkpoint(c.path('ckpt.pt'), 'cpu', mmap=True) if begun
+                  else {'recipe': {}, 'iter': 0})
     was = checkpoint['recipe']
     expect(c, 'max_iters', f'at least the {checkpoint["iter"]} iterations that {c.folder} has '
            '(--name= trains anew)', lambda n: c.eval_only or n >= checkpoint['iter'])
@@ -552,9 +549,8 @@ def refuse_another_recipe(config, was, now):
     """Raise UserError where a run would go on with another recipe; tell what may have changed, or
     for a run that is only evaluated all that has."""
     wrong = []
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-    was = {key: defaults.get(key) for key in now} | was            # it may be older than a key
-    for key in was | now:
+    was = {key: getattr(TrainConfig, key, None) for key in now} | was   # a new key: its default
+    for key in was:
         if last_of(was[key]) == now.get(key):
             continue
         if key in MAY_CHANGE:
@@ -649,7 +645,7 @@ def tell(text, file=None):
     """Print a line where the progress bar is, which is then drawn again below it."""
     if RANK == 0:
         # \033[K erases the bar, which may be of another process
-        tqdm.write(('\r\033[K' if os.isatty(1) else '') + text + '\n', file, end='')
+        tqdm.write(('\r\033[K' if os.isatty(2 if file else 1) else '') + text + '\n', file, end='')
 
 
 class Progress:
@@ -662,10 +658,15 @@ class Progress:
         # disable=None: no bar where the output is no terminal
         self.bar = tqdm(total=sum(run.max_iters * run.tokens_per_iter for run, _ in done),
                         initial=self.tokens(), unit='tok', unit_scale=True, dynamic_ncols=True,
-                        leave=False, disable=True if RANK > 0 else None)
+                        leave=False, disable=True if RANK > 0 or not sys.stderr else None)
 
     def tokens(self):
         return int(sum(tokens for tokens, _ in self.of.values()))
+
+    def note(self, run, tokens, loss):
+        """What a run has done, if it is in this process; show it."""
+        self.of[run.folder][:] = tokens, loss
+        self.show([run])
 
     def show(self, runs):
         """Draw the bar, with the losses of these runs, which are at work."""
@@ -692,21 +693,18 @@ def train_one_by_one(runs, stop, progress):
     others go on."""
     status = 0
     for run in runs:
-        def show(tokens, loss, run=run):
-            progress.of[run.folder][:] = tokens, loss
-            progress.show([run])
-        status = max(status, attempt(run, stop, show))
+        status = max(status, attempt(run, stop, functools.partial(progress.note, run)))
         if status == 2 or stop.value:
             break
     return status
 
 
 def train_apart(config, hashes, stop, shared):
-    """In a process of its own, which has imported model.py and train.py anew: train a run."""
+    """Train a run in a process of its own, which has imported model.py and train.py anew."""
     steady_output()
     first = multiprocessing.parent_process()
 
-    def show(tokens, loss):
+    def note(tokens, loss):
         shared[:] = tokens, loss
         if not first.is_alive():         # it was killed; ckpt.pt is there to go on from
             sys.exit(1)
@@ -715,7 +713,7 @@ def train_apart(config, hashes, stop, shared):
         tell(f'error: {config.folder}: expected the code of the start, got another '
              f'{" and ".join(changed)}; start anew', sys.stderr)
         sys.exit(1)
-    sys.exit(attempt(config, stop, show))
+    sys.exit(attempt(config, stop, note))
 
 
 def train_side_by_side(runs, jobs, stop, progress):
@@ -728,8 +726,9 @@ def train_side_by_side(runs, jobs, stop, progress):
                 run = waiting.pop(0)
                 process = SPAWN.Process(target=train_apart,
                                         args=(run, HASHES, stop, progress.of[run.folder]))
-                for number in SIGNALS:                   # a process ignores what is ignored as it
-                    signal.signal(number, signal.SIG_IGN)          # starts: only this one reacts
+                # a process ignores the signals that are ignored as it starts: only this one reacts
+                for number in SIGNALS:
+                    signal.signal(number, signal.SIG_IGN)
                 process.start()
                 stop_on_signals(stop)
                 at_work[process.sentinel] = process, run
@@ -743,7 +742,7 @@ def train_side_by_side(runs, jobs, stop, progress):
                 elif process.exitcode < 0:               # minus the signal that killed it
                     tell(f'error: {run.folder}: its process ended with exit code '
                          f'{process.exitcode}; --init_from=resume goes on with it', sys.stderr)
-                status = max(status, process.exitcode, process.exitcode < 0)
+                status = max(status, process.exitcode if process.exitcode >= 0 else 1)
     finally:
         for process, _ in at_work.values():              # after a second Ctrl-C
             process.kill()
@@ -759,8 +758,8 @@ def stop_on_signals(stop):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if number not in (signal.SIGINT, signal.SIGTERM):          # SIGHUP: printing would fail now
             sink = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(sink, sys.stdout.fileno())
-            os.dup2(sink, sys.stderr.fileno())
+            os.dup2(sink, 1)
+            os.dup2(sink, 2)
     for number in SIGNALS:
         signal.signal(number, on_signal)
 
@@ -772,8 +771,9 @@ def main(arguments):
     from_file = {}
     for file in files:
         from_file |= read_config_file(TrainConfig, file)
-    runs, stop = plan_runs(from_file, from_line), SPAWN.RawValue('i', 0)
-    c = runs[0]
+    runs = plan_runs(from_file, from_line)
+    c = runs[0]                          # for the keys that all runs share
+    stop = SPAWN.RawValue('i', 0)        # the number of the signal that asks to stop; 0: none yet
     if RANK == 0:
         check_folders(runs)
     if WORLD_SIZE > 1:                   # here Ctrl-C ends at once; ckpt.pt is there to go on from
@@ -785,8 +785,9 @@ def main(arguments):
     jobs = c.jobs or (usable_cores() if choose_device(c.device).type == 'cpu' else 1)
     jobs = 1 if c.eval_only or WORLD_SIZE > 1 else min(jobs, len(runs))
     done = [(run, settle(run, jobs)) for run in runs]
-    for run in runs if RANK == 0 and not c.eval_only else ():
-        make_folder(run)
+    if RANK == 0 and not c.eval_only:
+        for run in runs:
+            make_folder(run)
     to_train, status = [], 0
     for run in runs:
         result = read_config_json(run)
