@@ -644,8 +644,9 @@ if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_I
 def tell(text, file=None):
     """Print a line where the progress bar is, which is then drawn again below it."""
     if RANK == 0:
-        # \033[K erases the bar, which may be of another process
-        tqdm.write(('\r\033[K' if os.isatty(2 if file else 1) else '') + text + '\n', file, end='')
+        # \033[K erases the bar. A line is written at once, since other processes write, too
+        erase = '\r\033[K' if os.isatty(2 if file else 1) else ''
+        print(f'{erase}{text}\n', end='', file=file)
 
 
 class Progress:
