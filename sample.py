@@ -321,10 +321,6 @@ RATES = {'learning_rate', 'min_lr'}      # these are told, too, but count least:
 OF_VARIANT = {'mlp', 'factorised', 'router', 'router_std', 'd_low', 'd_judge', 'seed'}
 
 
-# older lines of config/*.jsonl lack these: then it is not known whether they differ
-NEWER = {'train_tokens', 'val_tokens', 'eval_iters', 'processor', 'model.py', 'train.py', 'torch'}
-
-
 class Difference(NamedTuple):
     base: str                # the run that is subtracted
     differ: set              # the keys of the recipe that differ, besides those of the variant
@@ -350,8 +346,7 @@ def what_differs(one, its):
     """The keys of their recipes in which two results of one seed differ, besides those of the
     variant. None where they can't be compared."""
     recipe, its_recipe = one['recipe'], its['recipe']
-    unknown = NEWER & (recipe.keys() ^ its_recipe.keys())          # ^: one alone has them
-    differ = {key for key in (recipe | its_recipe).keys() - OF_VARIANT - unknown
+    differ = {key for key in (recipe | its_recipe).keys() - OF_VARIANT
               if recipe.get(key) != its_recipe.get(key)}
     equally_far = one['tokens'] == its['tokens'] and one['iter'] == its['iter']
     diverged = 'diverged' in one or 'diverged' in its
