@@ -43,7 +43,8 @@ class UserError(ValueError):
 def run(main):
     """Call main(arguments of the command line). A UserError ends the program with its one line and
     exit status 2, Ctrl-C with 130; and with 141, quietly, that nobody reads its output any more."""
-    steady_output()
+    for stream in filter(None, (sys.stdout, sys.stderr)):          # None: closed, as by >&-
+        stream.reconfigure(errors='replace', line_buffering=True)  # a terminal may lack a character
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -55,12 +56,6 @@ def run(main):
     except BrokenPipeError:                              # as in `python train.py --help | head`
         sys.stdout = open(os.devnull, 'w')               # Python flushes it once more at the end
         sys.exit(141)
-
-
-def steady_output():
-    """Print each line as it ends, and ? where the terminal lacks a character."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):          # None: closed, as by >&-
-        stream.reconfigure(errors='replace', line_buffering=True)
 
 
 def parse(cls, arguments, usage):
@@ -234,8 +229,8 @@ def processor_name(device):
         return torch.cuda.get_device_name(device)
     info = dict(re.findall(r'^([^\t\n]+)\t*: (.+)', cpu_info(), re.M))
     name = info.get('model name', platform.processor())
-    kind = f'({info.get("cpu family", "?")}/{info.get("model", "?")})' if info else ''
-    return f'{name} {kind} {torch.backends.cpu.get_cpu_capability()}'
+    kind = f' ({info.get("cpu family", "?")}/{info.get("model", "?")})' if info else ''
+    return f'{name}{kind} {torch.backends.cpu.get_cpu_capability()}'
 
 
 def cpu_info():

@@ -285,8 +285,9 @@ def group(results):
     Equal results of one seed count once. Raises UserError for different ones."""
     groups, furthest = [], max(result['iter'] for result in results)   # groups: (shape, seeds)
     for result in results:
-        shape = result['recipe'] | {'seed': None, 'run': result['run'], 'iter': result['iter'],
-                                    'diverged': result.get('diverged')}
+        diverged = result.get('diverged')
+        shape = result['recipe'] | {'seed': None, 'run': result['run'], 'diverged': diverged,
+                                    'iter': result['iter'] if diverged is None else None}
         shape = {key: value for key, value in shape.items() if value is not None}
         seeds = next((seeds for other, seeds in groups if other == shape), None)
         if seeds is None:

@@ -42,7 +42,7 @@ from tqdm import tqdm
 import configurator
 from configurator import (RANK, WORLD_SIZE, UserError, choose_device, expect, fast_dtype,
                           keep_freed_memory, parse, processor_name, read_config_file, read_text,
-                          replacing, steady_output, typed, usable_cores, write_text)
+                          replacing, typed, usable_cores, write_text)
 from model import GPT, GPTConfig, size_against_moe
 from prepare_data import fingerprint, load_meta
 from sample import (CLASSES, as_lines, class_of, draw, is_run_name, load_checkpoint, load_states,
@@ -644,9 +644,9 @@ if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_I
 def tell(text, file=None):
     """Print a line where the progress bar is, which is then drawn again below it."""
     if RANK == 0:
-        # \033[K erases the bar. A line is written at once, since other processes write, too
-        erase = '\r\033[K' if os.isatty(2 if file else 1) else ''
-        print(f'{erase}{text}\n', end='', file=file)
+        if os.isatty(2):                 # the bar may be there, from another process: erase it
+            print('\r\033[K', end='', file=sys.stderr, flush=True)
+        print(text + '\n', end='', file=file)            # at once: other processes print, too
 
 
 class Progress:
@@ -702,7 +702,6 @@ def train_one_by_one(runs, stop, progress):
 
 def train_apart(config, hashes, stop, shared):
     """Train a run in a process of its own, which has imported model.py and train.py anew."""
-    steady_output()
     first = multiprocessing.parent_process()
 
     def note(tokens, loss):
@@ -714,7 +713,7 @@ def train_apart(config, hashes, stop, shared):
         tell(f'error: {config.folder}: expected the code of the start, got another '
              f'{" and ".join(changed)}; start anew', sys.stderr)
         sys.exit(1)
-    sys.exit(attempt(config, stop, note))
+    configurator.run(lambda _: sys.exit(attempt(config, stop, note)))
 
 
 def train_side_by_side(runs, jobs, stop, progress):
@@ -725,7 +724,7 @@ def train_side_by_side(runs, jobs, stop, progress):
         while at_work or (waiting and not stop.value):
             while waiting and len(at_work) < jobs and not stop.value:
                 run = waiting.pop(0)
-                process = SPAWN.Process(target=train_apart,
+                process = SPAWN.Process(target=train_apart, name=run.folder,
                                         args=(run, HASHES, stop, progress.of[run.folder]))
                 # a process ignores the signals that are ignored as it starts: only this one reacts
                 for number in SIGNALS:
@@ -738,7 +737,7 @@ def train_side_by_side(runs, jobs, stop, progress):
             for sentinel in ended:
                 process, run = at_work.pop(sentinel)
                 process.join()
-                if process.exitcode == 2:
+                if process.exitcode > 1:                 # 2, or 141: nobody reads the output
                     stop.value = signal.SIGTERM
                 elif process.exitcode < 0:               # minus the signal that killed it
                     tell(f'error: {run.folder}: its process ended with exit code '
@@ -798,13 +797,13 @@ def main(arguments):
         elif result.get('iter') != run.max_iters or c.eval_only:   # it has not ended yet
             to_train.append(run)
     progress = Progress(done)
-    if jobs > 1:
-        status = max(status, train_side_by_side(to_train, jobs, stop, progress))
-    else:
-        status = max(status, train_one_by_one(to_train, stop, progress))
-    progress.bar.close()
-    if status == 2:
-        sys.exit(2)
+    with progress.bar:                   # closes it, whatever happens
+        if jobs > 1:
+            status = max(status, train_side_by_side(to_train, jobs, stop, progress))
+        else:
+            status = max(status, train_one_by_one(to_train, stop, progress))
+    if status > 1:
+        sys.exit(status)
     if stop.value:
         again = [argument for argument in arguments if not argument.startswith('--init_from=')]
         print('\nstopped and saved; to go on: '

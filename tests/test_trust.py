@@ -360,6 +360,10 @@ def test_a_label_says_what_differs(results, expected):
 def test_no_result_is_lost_where_labels_are_alike(one, other, rows):
     runs = group([result(**one), result(seed=2, **other)])
     assert sorted(seed for seeds in runs.values() for seed in seeds) == [1, 2] and len(runs) == rows
+    # both diverged at 30, but were evaluated last at different iterations
+    runs = group([result(**one) | {'iter': 25, 'diverged': 30},
+                  result(seed=2, **one) | {'iter': 20, 'diverged': 30}])
+    assert [sorted(seeds) for seeds in runs.values()] == [[1, 2]]
 
 
 def test_what_cannot_be_read_is_left_out_of_the_table(rows):
@@ -479,10 +483,13 @@ def test_what_auto_takes(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize('line, statuses', (
     ('train.py --help | true', {141}), ('sample.py out/piped | head -1', {0, 141}),
-    ('train.py --help >&-', {0}), ('sample.py out/piped/aoe --show_experts=True 2>&-', {0})))
+    ('train.py --help >&-', {0}), ('sample.py out/piped/aoe --show_experts=True 2>&-', {0}),
+    ('train.py SMALL --mlp=moe,aoe --jobs=2 --out_dir=out/head | head -1', {141}),
+    ('train.py SMALL --mlp=moe,aoe --jobs=2 --out_dir=out/closed 2>&-', {0})))
 def test_a_reader_that_goes_away_and_a_poor_terminal_are_no_traceback(train_here, line, statuses):
     if not os.path.exists('out/piped'):
         train_here('--mlp=aoe', '--out_dir=out/piped', '--max_iters=1')
+    line = line.replace('SMALL', ' '.join(SMALL))
     line = f"PYTHONIOENCODING=ascii '{sys.executable}' {ROOT}/{line}; exit ${{PIPESTATUS[0]}}"
     process = subprocess.run(['bash', '-c', line], capture_output=True, text=True)
     assert process.returncode in statuses and process.stderr == ''
