@@ -449,23 +449,31 @@ def print_table(results, out_dir):
     print()
     print_rows(table)
     print(f'\nval loss: the lowest; Ent_load: ln E where all is even; pictures in {out_dir}')
+    for note in notes_below(runs, found):
+        print(note)
+
+
+def notes_below(runs, found):
+    """What is to be said below the table."""
+    notes = []
     if found:
-        print('minus moe: mean and 95 % interval over the seeds; **bold** if it excludes 0')
+        notes = ['minus moe: mean and 95 % interval over the seeds; **bold** if it excludes 0',
+                 *notes_of(found)]
     for name, difference in found.items():                         # which seeds both have
         if len(difference.minus) < max(len(runs[name]), len(runs[difference.base])):
-            print(f'{name}: minus moe over the seeds {", ".join(map(str, difference.minus))} alone')
-    for note in notes_of(found):
-        print(note)
+            seeds = ', '.join(map(str, difference.minus))
+            notes.append(f'{name}: minus moe over the seeds {seeds} alone')
     recipes = [next(iter(seeds.values()))['recipe'] for seeds in runs.values()]
     differ = {key for recipe in recipes for key in (recipe | recipes[0]).keys() - OF_VARIANT
               if recipe.get(key) != recipes[0].get(key)}
     if differ:
-        print(f'these runs differ in {", ".join(sorted(differ))}, too')
+        notes.append(f'these runs differ in {", ".join(sorted(differ))}, too')
     for name, seeds in runs.items():
         last, lowest = (statistics.mean(losses_of(seeds, key))
                         for key in ('val_loss', 'lowest_val_loss'))
         if last > 1.02 * lowest:
-            print(f'{name} ended at {last:.4f}, above its lowest')
+            notes.append(f'{name} ended at {last:.4f}, above its lowest')
+    return notes
 
 
 def write_results(results, out_dir):
