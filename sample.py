@@ -355,14 +355,18 @@ def what_differs(one, its):
 
 
 def differences(runs, base='moe', loss='lowest_val_loss'):
-    """Run -> its Difference from the run of the variant `base` with which it can be compared, and
-    has seeds in common; among several it is the one that differs least, rates aside."""
+    """Run -> its Difference from the run of the variant `base` (or of that name, if none is such a
+    variant) with which it can be compared, and has seeds in common; among several it is the one
+    that differs least, rates aside."""
+    bases = [name for name, seeds in runs.items() if variant_of(seeds) == base]
+    bases = bases or [name for name in runs if name == base]
     found = {}
     for name, seeds in runs.items():
         candidates = []
-        for other, others in runs.items():
+        for other in bases:
+            others = runs[other]
             common = sorted(seeds.keys() & others.keys())
-            if variant_of(others) != base or variant_of(seeds) == base or not common:
+            if name in bases or not common:
                 continue
             differ = what_differs(seeds[common[0]], others[common[0]])   # all seeds have one recipe
             if differ is not None:

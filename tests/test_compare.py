@@ -199,6 +199,16 @@ def test_a_single_difference_in_words_and_in_the_forest(minus, words, file):
     assert 1_000 < os.path.getsize(f'{path}.png') < 100_000
 
 
+def test_a_run_is_subtracted_by_its_name_where_no_variant_is_called_so():
+    keys = {'mlp': 'aoe', 'factorised': True, 'd_low': 32}
+    plain, mine, moe = seeds_of([2.0, 2.5], **keys), seeds_of([2.1, 2.75], **keys), seeds_of([1, 1])
+    found = differences({'plain': plain, 'mine': mine, 'moe': moe}, 'plain')
+    assert found['mine'].minus == pytest.approx({1: 0.1, 2: 0.25})
+    assert found.keys() == {'mine', 'moe'} and found['mine'].base == 'plain'
+    # the variant comes first: here two are aoe, and none is subtracted from another
+    assert differences({'aoe': plain, 'mine': mine, 'moe': moe}, 'aoe').keys() == {'moe'}
+
+
 def test_what_cannot_be_compared_is_refused_in_one_line(refuse, file, tmp_path):
     known, line = file(results([2.0]) + results([1.9], 'aoe')), result(1.0)
     texts = [json.dumps(line | wrong) for wrong in (
@@ -210,7 +220,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(refuse, file, tmp_path):
         error = refuse(main, str(tmp_path / 'wrong.jsonl'))
         assert 'wrong.jsonl, line 2: expected a result of train.py, got ' in error
         assert error.isprintable()
-    for keys, says in ((['--minus=no'], "minus: expected one of aoe_whole, moe, got 'no'"),
+    for keys, says in ((['--minus=no'], "minus: expected a run, or one of aoe_whole, moe, got 'no'"),
                        (['--cell=moe'], "cell: expected one of aoe, got 'moe'"),
                        (['--loss=test_loss'], 'line 1: expected a result with a test_loss'),
                        (['--loss=loss'], 'loss: expected lowest_val_loss or')):

@@ -42,7 +42,7 @@ from sample import (RATES, checked, colors_of, difference_as_text, differences, 
 class CompareConfig:
     """The keys of this script."""
     # the table
-    minus: str | None = 'moe'            # the variant that is subtracted; None: losses alone
+    minus: str | None = 'moe'            # the variant or run that is subtracted; None: losses alone
     loss: Literal['lowest_val_loss', 'val_loss', 'test_loss'] = 'lowest_val_loss'   # of a run
     by_setting: bool = False             # a row for each setting, a column for each variant
     short: bool = False                  # no columns of entropies and norms
@@ -69,8 +69,9 @@ def read(files, config):
             raise UserError(f'{result["from"]}: expected a result with a {config.loss}, got none')
     runs = dict(sorted(group(results).items(), key=lambda run: order_of(*run)))
     variants = sorted({variant_of(seeds) for seeds in runs.values()})
-    if config.minus not in (None, *variants):
-        raise UserError(f'minus: expected one of {", ".join(variants)}, got {config.minus!r}')
+    if config.minus not in (None, *variants, *runs):
+        raise UserError(f'minus: expected a run, or one of {", ".join(variants)}, got '
+                        f'{config.minus!r}')
     return runs, differences(runs, config.minus, config.loss)
 
 
@@ -160,7 +161,7 @@ def print_comparison(runs, found, config):
     print_rows(list((rows_by_setting if config.by_setting else rows_by_run)(runs, found, config)))
     notes = notes_of(found)
     alone = [name for name, seeds in runs.items()
-             if name not in found and config.minus not in (None, variant_of(seeds))]
+             if name not in found and config.minus not in (None, name, variant_of(seeds))]
     if alone:
         notes.append(f'{", ".join(alone)}: no {config.minus} with the same seeds, data, tokens and '
                      'windows')
