@@ -221,7 +221,7 @@ def experts_page(texts, scores, weights, notes):
     for layer, (layer_scores, layer_weights) in enumerate(zip(scores.tolist(), weights.tolist())):
         page.append(f'<h2>Layer {layer + 1}</h2>\n')
         for expert, text in notes[layer] if notes else ():
-            page.append(paint(f' expert {expert} ', expert) + f' takes {text}<br>\n')
+            page.append(paint(f'&nbsp;expert {expert}&nbsp;', expert) + f' takes {text}<br>\n')
         page.append('<pre>')
         for text, p, w in zip(texts, layer_scores, layer_weights):
             tip = [f'{expert}: {score:.2f}' + (f', weight {weight:.2f}' if weight else '')

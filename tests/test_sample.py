@@ -187,7 +187,7 @@ def test_what_stands_out(tmp_path):
     (tmp_path / 'log.jsonl').write_text(sample.as_lines(log))
     sample.main(arguments)
     assert [note.split('expert')[1:] for note in Page(tmp_path).notes] == [
-        [f' {expert}  takes {text}\n' for expert, text in notes] for notes in NOTES]
+        [f' {expert}\xa0 takes {text}\n' for expert, text in notes] for notes in NOTES]
     for text in ('{', '3\n', '{}\n', '{"val_loss": 1}\n', ''):
         (tmp_path / 'log.jsonl').write_text(text)
         sample.main(arguments)
