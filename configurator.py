@@ -42,7 +42,7 @@ class UserError(ValueError):
 
 def run(main):
     """Call main(arguments of the command line). A UserError ends the program with its one line and
-    exit status 2, Ctrl-C with 130; and with 141, quietly, that nobody reads its output any more."""
+    exit status 2, Ctrl-C with 130. Where nobody reads its output any more it ends quietly: 141."""
     for stream in filter(None, (sys.stdout, sys.stderr)):          # None: closed, as by >&-
         stream.reconfigure(errors='replace', line_buffering=True)  # a terminal may lack a character
     try:
@@ -110,20 +110,20 @@ def typed(cls, key, value, where='--', note=''):
     is_text = str in options and not (value == 'None' and types.NoneType in options)
     if type(value) is str and not is_text:
         text = value.strip()
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             value = ast.literal_eval(text)
         if type(value) is dict:
             refuse_a_key_twice(text, f'{where}{key}')
     if type(value) is str and key.endswith('_dir'):
         value = os.path.expanduser(value)
-    if type(value) is int and float in options and abs(value) < 2**1000:   # a float ends there
+    if type(value) is int and float in options and abs(value) < 2**1000:   # larger: no float
         value = float(value)
     if type(value) in (int, list, range) and tuple in options:
         value = (value,) if type(value) is int else tuple(value)
     if type(value) in options or (type(value) is str and value in options):
         return value
-    names = [getattr(option, '__name__', str(option)) for option in options]
-    expected = ' or '.join(names).replace('NoneType', 'None')
+    names = ' or '.join(getattr(option, '__name__', str(option)) for option in options)
+    expected = names.replace('NoneType', 'None')
     raise UserError(f'{where}{key}: expected {expected}, got {value!r:.200}')
 
 
@@ -162,8 +162,7 @@ def expect(config, keys, expected, fits):
 
 def is_folder_name(name):
     """Whether a folder can be made that is called so and lies in the folder where it is made."""
-    return (isinstance(name, str) and name.isprintable() and name not in ('', '.', '..')
-            and os.path.basename(name) == name)
+    return name.isprintable() and name not in ('', '.', '..') and os.path.basename(name) == name
 
 
 # -----------------------------------------------------------------------------
@@ -208,15 +207,15 @@ def choose_device(name):
         # attention on mps is wrong before 2.14: PyTorch issues 174861, 195910
         mps = torch.backends.mps.is_available() and version >= (2, 14)
         name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
-    if name == 'cuda' and WORLD_SIZE > 1:
-        name = f'cuda:{os.environ["LOCAL_RANK"]}'
-        torch.cuda.set_device(name)
     try:
+        if name == 'cuda' and WORLD_SIZE > 1:
+            name = f'cuda:{os.environ["LOCAL_RANK"]}'
+            torch.cuda.set_device(name)
         if not re.fullmatch(r'cpu|mps|cuda(:\d+)?', name):
             raise RuntimeError('known are cuda, cuda:1, mps, cpu')
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:       # it is not there
+    except (RuntimeError, AssertionError, AttributeError) as error:            # it is not there
         raise UserError(f'device: expected auto or one of this machine, got {name!r}: '
                         f'{str(error).splitlines()[0]:.80}') from None
     return device

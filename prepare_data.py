@@ -260,11 +260,10 @@ def prepare(paths, config):
         got = 'one without a meta.json'
         if os.path.exists(os.path.join(folder, 'meta.json')):
             meta = load_meta(folder)
-            same = (meta.get('source'), meta.get('tokenizer')) == (source, config.tokenizer)
-            if same and first in NAMED:
-                print(f'{folder} is there already; remove it to prepare it anew')
-                return
             got = f'one of {meta.get("source")} as {meta.get("tokenizer")}'
+        if first in NAMED and got == f'one of {source} as {config.tokenizer}':
+            print(f'{folder} is there already; remove it to prepare it anew')
+            return
         raise UserError(f'{folder}: expected a new folder, got {got}; remove it or choose another '
                         '--name=')
 

@@ -72,10 +72,10 @@ def load_checkpoint(path, device, mmap=False):
     from the disk only what is looked at. Raises UserError."""
     if not os.path.exists(path):
         raise UserError(f'expected a checkpoint, got no file {path}; train one with train.py')
-    keys = BEST if os.path.basename(path) == 'best.pt' else CHECKPOINT
+    type_of = BEST if os.path.basename(path) == 'best.pt' else CHECKPOINT
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-        whole = all(isinstance(checkpoint[key], CHECKPOINT[key]) for key in keys)
+        whole = all(isinstance(checkpoint[key], type_of[key]) for key in type_of)
         whole &= all(isinstance(entry['iter'], int) and math.isfinite(entry['val_loss'])
                      for entry in checkpoint.get('log', ()))
     except Exception:                    # torch.load has many ways to find a file damaged
@@ -100,10 +100,11 @@ def load_model(folder, device):
     """The best model of the run in folder, its tokenizer's meta, and the dtype it trained in."""
     path = os.path.join(folder, 'best.pt')
     checkpoint = load_checkpoint(path, device)
-    recipe, keys = checkpoint['recipe'], {field.name for field in dataclasses.fields(GPTConfig)}
+    recipe, meta = checkpoint['recipe'], checkpoint['meta']
+    keys = {field.name for field in dataclasses.fields(GPTConfig)}
     try:
         model = GPT(GPTConfig(**{key: recipe[key] for key in keys & recipe.keys()}))
-        dtype, meta = getattr(torch, recipe['dtype']), checkpoint['meta']
+        dtype = getattr(torch, recipe['dtype'])
         if meta['tokenizer'] != 'gpt2' and not isinstance(meta['vocabulary'], str):
             raise ValueError('a tokenizer without a vocabulary')
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -193,10 +194,10 @@ def stand_outs(evaluation):
         for expert, load in enumerate(loads):
             share = load * per_token                               # of all characters
             parts = sorted(zip([of_class[expert] for of_class in class_load], names), reverse=True)
-            told = [f'{part:.0%} of the {name}' for part, name in parts if part - share >= 0.25]
+            told = ', '.join(f'{100 * part:.0f} % of the {name}' for part, name in parts
+                             if part - share >= 0.25)
             if told:
-                text = f'{", ".join(told)} ({share:.0%} of all characters)'
-                found.append((expert, text.replace('%', ' %')))
+                found.append((expert, f'{told} ({100 * share:.0f} % of all characters)'))
         layers.append(found)
     return layers
 
@@ -238,7 +239,7 @@ def experts_page(texts, scores, weights, notes):
 
 def read_result(folder):
     """The result of the run in folder, with its whole log and its lowest validation loss. Raises
-    OSError, ValueError, TypeError, KeyError or IndexError where there is none."""
+    many kinds of Exception where there is none."""
     log = read_log(folder)
     result = json.loads(read_text(os.path.join(folder, 'config.json')))
     lowest = min(evaluation['val_loss'] for evaluation in log)
@@ -267,7 +268,7 @@ def read_results(out_dir, tell=print):
         try:
             if os.path.exists(os.path.join(folder, 'log.jsonl')):
                 results.append(read_result(folder))
-        except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
+        except Exception as error:       # files can be damaged in many ways
             tell(f'{folder!r} is left out: {error!r:.90}')
     if not results:
         raise UserError(f'expected a folder that holds runs, got none in {out_dir}')
@@ -276,8 +277,8 @@ def read_results(out_dir, tell=print):
 
 def group(results):
     """Run -> {seed: result}. Results are seeds of one run where name, recipe (but for the seed) and
-    iteration are equal. Where runs of one name differ in their recipes, it says in what; and how
-    far a run is, if others are further:
+    iteration are equal. Where runs of one name differ in their recipes, the label says in what. It
+    also says how far a run is where others are further, and where a run has diverged:
 
         two called aoe, with top_k 1 and 2, the second stopped at iteration 10
         ->  {'aoe (top_k 1)': {1: ..., 2: ...}, 'aoe (top_k 2, to 10)': {1: ...}}
@@ -285,9 +286,8 @@ def group(results):
     Equal results of one seed count once. Raises UserError for different ones."""
     groups, furthest = [], max(result['iter'] for result in results)   # groups: (shape, seeds)
     for result in results:
-        diverged = result.get('diverged')
-        shape = result['recipe'] | {'seed': None, 'run': result['run'], 'diverged': diverged,
-                                    'iter': result['iter'] if diverged is None else None}
+        end = 'diverged' if 'diverged' in result else 'iter'
+        shape = result['recipe'] | {'seed': None, 'run': result['run'], end: result[end]}
         shape = {key: value for key, value in shape.items() if value is not None}
         seeds = next((seeds for other, seeds in groups if other == shape), None)
         if seeds is None:
@@ -300,9 +300,9 @@ def group(results):
     runs = {}
     for shape, seeds in groups:
         others = [other for other, _ in groups if other['run'] == shape['run']]
-        differ = [key for key in set().union(*others) - {'iter', 'diverged'}
-                  if any(other.get(key) != shape.get(key) for other in others)]
-        notes = [f'{key} {shape.get(key)}' for key in sorted(differ)]
+        notes = [f'{key} {shape.get(key)}'
+                 for key in sorted(set().union(*others) - {'iter', 'diverged'})
+                 if any(other.get(key) != shape.get(key) for other in others)]
         if 'diverged' in shape:
             notes.append(f'diverged at {shape["diverged"]}')
         elif shape['iter'] < furthest:
@@ -349,26 +349,24 @@ def what_differs(one, its):
     recipe, its_recipe = one['recipe'], its['recipe']
     differ = {key for key in (recipe | its_recipe).keys() - OF_VARIANT
               if recipe.get(key) != its_recipe.get(key)}
-    equally_far = one['tokens'] == its['tokens'] and one['iter'] == its['iter']
-    diverged = 'diverged' in one or 'diverged' in its
-    return differ if equally_far and not diverged and not differ & AGREE else None
+    comparable = (one['tokens'] == its['tokens'] and one['iter'] == its['iter']
+                  and 'diverged' not in one and 'diverged' not in its and not differ & AGREE)
+    return differ if comparable else None
 
 
 def differences(runs, base='moe', loss='lowest_val_loss'):
     """Run -> its Difference from the run of the variant `base` (or of that name, if none is such a
     variant) with which it can be compared, and has seeds in common; among several it is the one
     that differs least, rates aside."""
-    bases = [name for name, seeds in runs.items() if variant_of(seeds) == base]
-    bases = bases or [name for name in runs if name == base]
+    bases = {name: seeds for name, seeds in runs.items() if variant_of(seeds) == base}
+    bases = bases or {name: seeds for name, seeds in runs.items() if name == base}
     found = {}
     for name, seeds in runs.items():
         candidates = []
-        for other in bases:
-            others = runs[other]
+        for other, others in bases.items() if name not in bases else ():
             common = sorted(seeds.keys() & others.keys())
-            if name in bases or not common:
-                continue
-            differ = what_differs(seeds[common[0]], others[common[0]])   # all seeds have one recipe
+            # all seeds have one recipe, so the first tells
+            differ = what_differs(seeds[common[0]], others[common[0]]) if common else None
             if differ is not None:
                 minus = {seed: seeds[seed][loss] - others[seed][loss] for seed in common}
                 base_loss = statistics.mean(others[seed][loss] for seed in common)
@@ -379,14 +377,19 @@ def differences(runs, base='moe', loss='lowest_val_loss'):
     return found
 
 
-def t_95(n):
-    """Half a 95 % interval of the mean of n values, in standard errors, by Student's t with n - 1
-    degrees of freedom. With t = sqrt(n - 1) tan(a) its density becomes cos(a)^(n - 2), so its
-    integral is a sum over a grid of angles a."""
+def student(n):
+    """Student's t with n - 1 degrees of freedom: angles a, and for each the probability that t lies
+    within ± sqrt(n - 1) tan(a). (Written in a, the density of t is cos(a)^(n - 2).)"""
     angle = np.linspace(0, math.pi / 2, 100_001)
     density = np.cos(angle) ** (n - 2)
     within = np.append(0, np.cumsum(density[1:] + density[:-1]))   # up to a factor
-    return math.sqrt(n - 1) * math.tan(np.interp(0.95 * within[-1], within, angle))
+    return angle, within / within[-1]
+
+
+def t_95(n):
+    """Half a 95 % interval of the mean of n values, in standard errors."""
+    angle, within = student(n)
+    return math.sqrt(n - 1) * math.tan(np.interp(0.95, within, angle))
 
 
 def half_interval(values):
@@ -396,10 +399,18 @@ def half_interval(values):
     return t_95(len(values)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def interval(difference, unit=1):
+    """The mean of a Difference and half its 95 % interval, in units."""
+    values = [minus / unit for minus in difference.minus.values()]
+    return statistics.mean(values), half_interval(values)
+
+
 def difference_as_text(difference):
-    """'-0.0123 ± 0.0045', bold where the interval excludes 0; the mean alone for one seed."""
-    values = list(difference.minus.values())
-    mean, half = statistics.mean(values), half_interval(values)
+    """'-0.0123 ± 0.0045', bold where the interval excludes 0; the mean alone for one seed; '-' for
+    None, a run that is compared with none."""
+    if difference is None:
+        return '-'
+    mean, half = interval(difference)
     text = f'{mean:+.4f}' + (f' ± {half:.4f}' if half < math.inf else '')
     return f'**{text}**' if abs(mean) > half else text
 
@@ -442,7 +453,7 @@ def print_table(results, out_dir):
     for name, seeds in runs.items():
         of_seeds = list(seeds.values())
         loss = mean_and_spread(losses_of(seeds))
-        minus = difference_as_text(found[name]) if name in found else '-'
+        minus = difference_as_text(found.get(name))
         ent_load = [layer for result in of_seeds for layer in result['ent_load']]
         speeds = [result['tokens'] / result['seconds'] for result in of_seeds if result['tokens']]
         table.append((name, f'{of_seeds[0]["total_parameters"]:,}',
@@ -486,17 +497,15 @@ def write_results(results, out_dir):
     path = os.path.join(out_dir, 'results.jsonl')
     lines = [{key: value for key, value in result.items()
               if key not in ('log', 'class_load', 'from')} for result in results]
-
-    def is_present(old):
-        return any(all(old[key] == result[key] for key in ('run', 'seed', 'recipe'))
-                   and old['iter'] <= result['iter'] for result in results)
-
     kept = []
     for line in read_text(path).splitlines() if os.path.exists(path) else ():
         try:
-            if not is_present(json.loads(line)):
-                kept.append(line)
-        except (ValueError, TypeError, KeyError):                  # not ours
+            old = json.loads(line)
+            is_present = any(all(old[key] == result[key] for key in ('run', 'seed', 'recipe'))
+                             and old['iter'] <= result['iter'] for result in results)
+        except (ValueError, TypeError, KeyError, RecursionError):  # not ours
+            is_present = False
+        if not is_present:
             kept.append(line)
     write_text(path, ''.join(line + '\n' for line in kept) + as_lines(lines))
 
@@ -541,7 +550,7 @@ def draw_loss(runs, color):
     from matplotlib.figure import Figure
     figure, shown = Figure(figsize=(12, 5), layout='constrained'), []
     panels = figure.subplots(1, 2, sharey=True)
-    ordered = sorted(runs, key=lambda name: -statistics.mean(losses_of(runs[name], 'val_loss')))
+    ordered = sorted(runs, key=lambda name: -statistics.mean(losses_of(runs[name])))
     for name in ordered:
         logs = [{entry['iter']: entry for entry in result['log']} for result in runs[name].values()]
         iterations = sorted(set.intersection(*map(set, logs)))     # where all seeds were evaluated
@@ -568,8 +577,8 @@ def draw_panels(runs, key, label, draw_panel):
     """A row for each run that has logged `key` (its first seed), in it a panel for each layer, by
     draw_panel(axes, name, log, layer). None where no run has."""
     from matplotlib.figure import Figure
-    logs = {name: next(iter(seeds.values()))['log'] for name, seeds in runs.items()}
-    logs = {name: log for name, log in logs.items() if any(log[-1][key])}
+    first = {name: next(iter(seeds.values()))['log'] for name, seeds in runs.items()}
+    logs = {name: log for name, log in first.items() if any(log[-1][key])}
     if not logs:
         return None
     n_layer = max(len(log[-1][key]) for log in logs.values())
@@ -589,9 +598,9 @@ def draw_panels(runs, key, label, draw_panel):
 def draw_load(runs, color):
     """Figure 3 of the paper: the load of each expert, against 1/E."""
     def panel(axes, name, log, layer):
-        last = log[-1]
-        axes.bar(range(len(last['load'][layer])), last['load'][layer], color=color[name])
-        axes.axhline(1 / len(last['load'][layer]), color='black', linestyle='--', linewidth=1)
+        last, load = log[-1], log[-1]['load'][layer]               # load: (E,)
+        axes.bar(range(len(load)), load, color=color[name])
+        axes.axhline(1 / len(load), color='black', linestyle='--', linewidth=1)
         axes.set_title(f'{name}, layer {layer + 1}\nEnt_load {last["ent_load"][layer]:.2f}, '
                        f'Ent_conf {last["ent_conf"][layer]:.2f}', fontsize=9)
     return draw_panels(runs, 'load', 'expert; dashed: 1/E', panel)
@@ -622,7 +631,7 @@ PICTURES = {'loss.png': draw_loss, 'expert_load.png': draw_load, 'norm.png': dra
 
 
 # -----------------------------------------------------------------------------
-# Part 4: main, and the page for a browser
+# Part 4: main
 
 def main(arguments):
     given, folders = parse(SampleConfig, arguments, __doc__)
@@ -660,12 +669,13 @@ def write_samples(folder, config):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             tokens = model.generate(prompt, config.max_new_tokens, config.temperature,
                                     config.vocab_top_k, tokenizer.vocab_size, config.seed + i)[0]
-            if not config.show_experts:
-                print(tokenizer.decode(tokens.tolist()))
-                continue
-            scores, weights = watch_experts(model, tokens)
-        texts = [tokenizer.decode([token]) for token in tokens.tolist()]
-        print(color_text(texts, [first_expert(w) for w in weights[config.layer - 1].tolist()]))
+            if config.show_experts:
+                scores, weights = watch_experts(model, tokens)     # (L, S, E)
+        if config.show_experts:
+            texts = [tokenizer.decode([token]) for token in tokens.tolist()]
+            print(color_text(texts, [first_expert(w) for w in weights[config.layer - 1].tolist()]))
+        else:
+            print(tokenizer.decode(tokens.tolist()))
     if config.show_experts:              # a page of the last text
         try:                             # best.pt is of the evaluation with the lowest loss
             best = min(reversed(read_log(folder)), key=lambda evaluation: evaluation['val_loss'])

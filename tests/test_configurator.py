@@ -86,7 +86,7 @@ def test_expect_takes_one_name_or_several_and_passes_over_none(keys):
 
 def test_the_name_of_a_folder():
     assert is_folder_name('a b.c') and is_folder_name('_')
-    assert not any(map(is_folder_name, ('', '.', '..', 'a/b', '/a', 'a/', '\n', '\0', '\udcff', 1)))
+    assert not any(map(is_folder_name, ('', '.', '..', 'a/b', '/a', 'a/', '\n', '\0', '\udcff')))
 
 
 def test_a_config_file_is_python(tmp_path):

@@ -31,11 +31,10 @@ import numpy as np
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
-import configurator
-from configurator import UserError, parse, read_text, write_text
-from sample import (RATES, checked, colors_of, difference_as_text, differences, group,
-                    half_interval, losses_of, mean_and_spread, notes_of, print_rows, read_results,
-                    save_figure, variant_of)
+from configurator import UserError, parse, read_text, run, write_text
+from sample import (RATES, checked, colors_of, difference_as_text, differences, group, interval,
+                    losses_of, mean_and_spread, notes_of, print_rows, read_results, save_figure,
+                    student, variant_of)
 
 
 @dataclass
@@ -60,8 +59,9 @@ class CompareConfig:
 
 def read(files, config):
     """What is in files and folders: {run: {seed: result}}, as a table has them; the Differences."""
-    results = [result for file in files for result in (
-        read_lines(file) if os.path.isfile(file) else read_results(file))]
+    results = []
+    for file in files:
+        results += read_lines(file) if os.path.isfile(file) else read_results(file)
     if not results:
         raise UserError('expected out_dirs or files of results, got none; --help has examples')
     for result in results:
@@ -103,12 +103,6 @@ def order_of(name, seeds):
     return sizes, ('moe', 'aoe_whole', 'aoe', 'dense').index(variant), more
 
 
-def interval(difference, unit=1):
-    """The mean of a Difference and half its 95 % interval, in units."""
-    values = [minus / unit for minus in difference.minus.values()]
-    return statistics.mean(values), half_interval(values)
-
-
 # -----------------------------------------------------------------------------
 # tables, a single cell, the forest plot, pages
 
@@ -117,7 +111,8 @@ def by_layer(seeds):
     measures = {'ent_load': float, 'ent_conf': float,
                 'norm': lambda norms: max(norms) / min(norms) if min(norms) else math.inf}
     for key, measure in measures.items():
-        layers = zip(*(filter(None, result[key]) for result in seeds.values()))  # moe has no norms
+        # the layers of moe have no norms: they are [], or aren't there
+        layers = zip(*([of for of in result[key] if of != []] for result in seeds.values()))
         yield ' '.join(f'{statistics.mean(map(measure, layer)):.2f}' for layer in layers) or '-'
 
 
@@ -132,24 +127,21 @@ def rows_by_run(runs, found, config):
            'Ent_load by layer', 'Ent_conf by layer', 'norms, max / min')[:columns]
     for name, seeds in runs.items():
         minus = found[name].minus.values() if name in found else ()
-        yield (name, str(len(seeds)), loss_of(seeds, config),
-               difference_as_text(found[name]) if minus else '-',
+        yield (name, str(len(seeds)), loss_of(seeds, config), difference_as_text(found.get(name)),
                f'{sum(loss < 0 for loss in minus)} of {len(minus)}' if minus else '-',
                *by_layer(seeds))[:columns]
 
 
 def rows_by_setting(runs, found, config):
-    variants = list(dict.fromkeys(map(variant_of, runs.values())))
-    variants.sort(key=lambda variant: variant != config.minus)     # stable: the base first
+    variants = sorted(dict.fromkeys(map(variant_of, runs.values())),           # the base first
+                      key=lambda variant: variant != config.minus)
     yield ('', *(variant if config.minus in (None, variant) else f'{variant}, minus {config.minus}'
                  for variant in variants))
     rows = {}                            # setting -> {variant: cell}
     for name, seeds in runs.items():
-        variant, cell = variant_of(seeds), '-'
-        if config.minus in (None, variant):
-            cell = loss_of(seeds, config)
-        elif name in found:
-            cell = difference_as_text(found[name])
+        variant = variant_of(seeds)
+        cell = (loss_of(seeds, config) if config.minus in (None, variant)
+                else difference_as_text(found.get(name)))
         row = rows.setdefault(setting_of(name, seeds), {})
         row[variant] = f'{row[variant]} and {cell}' if variant in row else cell
     for setting, row in rows.items():
@@ -158,7 +150,8 @@ def rows_by_setting(runs, found, config):
 
 def print_comparison(runs, found, config):
     """Print a table of runs, and below it a list of what is to be said of them."""
-    print_rows(list((rows_by_setting if config.by_setting else rows_by_run)(runs, found, config)))
+    rows = rows_by_setting if config.by_setting else rows_by_run
+    print_rows(list(rows(runs, found, config)))
     notes = notes_of(found)
     alone = [name for name, seeds in runs.items()
              if name not in found and config.minus not in (None, name, variant_of(seeds))]
@@ -175,15 +168,11 @@ def print_comparison(runs, found, config):
 
 
 def p_value(values):
-    """The two-sided p of their mean by Student's t, as in t_95, but with the angle pi / 2 - a."""
+    """The two-sided p of their mean, by Student's t."""
     n, mean = len(values), abs(statistics.mean(values))
-    if mean == 0:
-        return 1.0
-    angle = np.linspace(0, math.pi / 2, 100_001)
-    density = np.sin(angle) ** (n - 2)
-    beyond = np.append(0, np.cumsum(density[1:] + density[:-1]))   # up to a factor
-    here = math.atan2(statistics.stdev(values) * math.sqrt((n - 1) / n), mean)
-    return np.interp(here, angle, beyond) / beyond[-1]
+    angle, within = student(n)
+    here = math.atan2(mean, statistics.stdev(values) * math.sqrt((n - 1) / n))
+    return 1 - np.interp(here, angle, within)
 
 
 def holm(found):
@@ -227,7 +216,8 @@ def draw_forest(runs, found, config):
     axes = figure.subplots()
     axes.axvline(0, color='black')
     for y, (name, difference) in enumerate(found.items()):
-        (mean, half), n = interval(difference, difference.base_loss / 100), len(difference.minus)
+        mean, half = interval(difference, difference.base_loss / 100)
+        n = len(difference.minus)
         axes.errorbar(mean, y, xerr=half if n > 1 else 0, marker='o', markersize=9, linewidth=3,
                       color=color[variant_of(runs[name])])
         axes.annotate(f'{n} seed' + 's' * (n > 1), (1.01, y), xycoords=('axes fraction', 'data'),
@@ -243,6 +233,7 @@ def draw_forest(runs, found, config):
 
 
 MARK, END = '<!-- python tests/tools/compare.py', '<!-- end -->'
+# a first line, with the command's words; then text without another comment; then the end
 MARKED = re.compile(f'^({MARK} ([^>\\n]*)-->\n)(?:(?!<!--).)*{END}', re.S | re.M)
 
 
@@ -286,4 +277,4 @@ def main(arguments):
 
 
 if __name__ == '__main__':
-    configurator.run(main)
+    run(main)
