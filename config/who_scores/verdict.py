@@ -34,9 +34,9 @@ dtype = 'float32'
 aux_weight = 0.01
 seeds = range(401, 425)
 runs = {
-    'moe': {'mlp': 'moe', 'learning_rate': 2e-3},
-    'moe wide': {'mlp': 'moe', 'router_std': 0.1, 'learning_rate': 2e-3},
-    'aoe_whole': {'mlp': 'aoe', 'factorised': False, 'learning_rate': 2e-3},
-    'aoe': {'mlp': 'aoe', 'learning_rate': 2e-3},
-    'aoe narrow': {'mlp': 'aoe', 'd_judge': 8, 'learning_rate': 2e-3},
+    'moe': {'mlp': 'moe', 'learning_rate': 2.8e-3},
+    'moe wide': {'mlp': 'moe', 'router_std': 0.1, 'learning_rate': 2.8e-3},
+    'aoe_whole': {'mlp': 'aoe', 'factorised': False, 'learning_rate': 2.8e-3},
+    'aoe': {'mlp': 'aoe', 'learning_rate': 1.4e-3},
+    'aoe narrow': {'mlp': 'aoe', 'd_judge': 8, 'learning_rate': 1.4e-3},
 }
