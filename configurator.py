@@ -215,7 +215,7 @@ def choose_device(name):
             raise RuntimeError('known are cuda, cuda:1, mps, cpu')
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, AttributeError) as error:            # it is not there
+    except (RuntimeError, AssertionError, AttributeError, KeyError) as error:  # it is not there
         raise UserError(f'device: expected auto or one of this machine, got {name!r}: '
                         f'{str(error).splitlines()[0]:.80}') from None
     return device
@@ -249,8 +249,8 @@ def fast_dtype(device):
     if device.type == 'cuda':            # T4 and V100 are fast in float16 alone
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return 'bfloat16' if native else 'float16'
-    # of CPUs those with Intel's matrix unit; others have bfloat16, too, but may be slow in it
-    return 'bfloat16' if device.type == 'cpu' and 'amx_bf16' in cpu_info() else 'float32'
+    # a CPU without instructions for bfloat16 is slow in it
+    return 'bfloat16' if device.type == 'cpu' and 'avx512_bf16' in cpu_info() else 'float32'
 
 
 def keep_freed_memory():

@@ -214,14 +214,14 @@ the scores of all experts, and the weights of those that handle it. {LINE_END} i
 
 def experts_page(texts, scores, weights, notes):
     """A page of HTML: for each layer what stands out in it (notes, of stand_outs), and the texts of
-    tokens, coloured by scores and weights (L, S, E)."""
+    tokens, each coloured by its first expert; scores and weights (L, S, E) show at the pointer."""
     def paint(text, expert, tip=''):
         color = '' if expert is None else f'color: black; background: {PALETTE[expert % 8]}'
         return f'<span style="{color}" title="{tip}">{text}</span>'
     page = [PAGE_HEAD]
     for layer, (layer_scores, layer_weights) in enumerate(zip(scores.tolist(), weights.tolist())):
         page.append(f'<h2>Layer {layer + 1}</h2>\n')
-        for expert, text in notes[layer] if notes else ():
+        for expert, text in notes[layer] if layer < len(notes) else ():
             page.append(paint(f'&nbsp;expert {expert}&nbsp;', expert) + f' takes {text}<br>\n')
         page.append('<pre>')
         for text, p, w in zip(texts, layer_scores, layer_weights):
@@ -256,6 +256,7 @@ def checked(result):
     if not (isinstance(result['seed'], int) and result['recipe']['mlp']
             and all(map(math.isfinite, result['ent_load']))):
         raise ValueError('no result')
+    variant_of({0: result})              # raises KeyError where its recipe lacks a key
     return result
 
 
@@ -288,7 +289,7 @@ def group(results):
     for result in results:
         end = 'diverged' if 'diverged' in result else 'iter'
         shape = result['recipe'] | {'seed': None, 'run': result['run'], end: result[end]}
-        shape = {key: value for key, value in shape.items() if value is not None}
+        shape = {key: value for key, value in shape.items() if value is not None or key == end}
         seeds = next((seeds for other, seeds in groups if other == shape), None)
         if seeds is None:
             groups.append((shape, seeds := {}))
@@ -343,6 +344,11 @@ def variant_of(seeds):
     return recipe['mlp'] + ''.join(part for part, there in parts.items() if there)
 
 
+def of_variant(runs, variant):
+    """The names of the runs that are this variant."""
+    return [name for name, seeds in runs.items() if variant_of(seeds) == variant]
+
+
 def what_differs(one, its):
     """The keys of their recipes in which two results of one seed differ, besides those of the
     variant. None where they can't be compared."""
@@ -354,16 +360,14 @@ def what_differs(one, its):
     return differ if comparable else None
 
 
-def differences(runs, base='moe', loss='lowest_val_loss'):
-    """Run -> its Difference from the run of the variant `base` (or of that name, if none is such a
-    variant) with which it can be compared, and has seeds in common; among several it is the one
-    that differs least, rates aside."""
-    bases = {name: seeds for name, seeds in runs.items() if variant_of(seeds) == base}
-    bases = bases or {name: seeds for name, seeds in runs.items() if name == base}
+def differences(runs, bases, loss='lowest_val_loss'):
+    """Run -> its Difference from that of bases (names of runs) with which it can be compared, and
+    has seeds in common; among several it is the one that differs least, rates aside."""
     found = {}
     for name, seeds in runs.items():
         candidates = []
-        for other, others in bases.items() if name not in bases else ():
+        for other in bases if name not in bases else ():
+            others = runs[other]
             common = sorted(seeds.keys() & others.keys())
             # all seeds have one recipe, so the first tells
             differ = what_differs(seeds[common[0]], others[common[0]]) if common else None
@@ -447,7 +451,7 @@ def print_table(results, out_dir):
     and the difference from moe, seed by seed, with what else differs between the two."""
     runs = group(results)
     several = any(len(seeds) > 1 for seeds in runs.values())
-    found = differences(runs) if several else {}
+    found = differences(runs, of_variant(runs, 'moe')) if several else {}
     table = [('run', 'parameters', 'val loss', *(['minus moe'] if found else []), 'Ent_load',
               'tokens/s')]
     for name, seeds in runs.items():
@@ -469,7 +473,7 @@ def print_table(results, out_dir):
 
 
 def notes_below(runs, found):
-    """What is to be said below the table."""
+    """The lines below print_table's table: of the differences, and of the runs themselves."""
     notes = []
     if found:
         notes = ['minus moe: mean and 95 % interval over the seeds; **bold** if it excludes 0',
@@ -482,7 +486,7 @@ def notes_below(runs, found):
     differ = {key for recipe in recipes for key in (recipe | recipes[0]).keys() - OF_VARIANT
               if recipe.get(key) != recipes[0].get(key)}
     if differ:
-        notes.append(f'these runs differ in {", ".join(sorted(differ))}, too')
+        notes.append(f'these runs differ in {", ".join(sorted(differ))}')
     for name, seeds in runs.items():
         last, lowest = (statistics.mean(losses_of(seeds, key))
                         for key in ('val_loss', 'lowest_val_loss'))
@@ -493,7 +497,7 @@ def notes_below(runs, found):
 
 def write_results(results, out_dir):
     """Write results.jsonl: a line for each result. It keeps the lines of runs whose folders are
-    gone, or hold another run now. So an experiment may run in blocks, and no line is lost."""
+    gone, hold another run now, or went on with other code. So an experiment may run in blocks."""
     path = os.path.join(out_dir, 'results.jsonl')
     lines = [{key: value for key, value in result.items()
               if key not in ('log', 'class_load', 'from')} for result in results]

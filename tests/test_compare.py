@@ -11,7 +11,7 @@ import pytest
 
 from configurator import read_text
 from conftest import ROOT, run_here, table_of
-from sample import Difference, differences, group, half_interval, t_95, variant_of
+from sample import Difference, differences, group, half_interval, of_variant, t_95, variant_of
 
 sys.path.insert(0, os.path.join(ROOT, 'tests', 'tools'))
 
@@ -84,12 +84,12 @@ def test_a_run_is_compared_with_the_nearest_moe_seed_by_seed():
     runs = {'one': seeds_of([1.0, 2.0, 3.0]), 'two': seeds_of([1.5, 2.5], aux_weight=0.1),
             'aoe': seeds_of([1.1, 2.2, 3.3, 4.0], 'aoe'), 'none': {9: result(1.0, 'aoe', seed=9)},
             'aoe aux': seeds_of([1.4, 2.4], 'aoe', aux_weight=0.1)}
-    found = differences(runs)
+    found = differences(runs, of_variant(runs, 'moe'))
     assert {name: difference.base for name, difference in found.items()} == {
         'aoe': 'one', 'aoe aux': 'two'}
     assert found['aoe'].minus == pytest.approx({1: 0.1, 2: 0.2, 3: 0.3})
     assert (found['aoe'].base_loss, found['aoe'].differ) == (2.0, set())     # of seeds 1 to 3
-    assert set(differences(runs, 'aoe_whole')) == {'one', 'two'}
+    assert set(differences(runs, of_variant(runs, 'aoe_whole'))) == {'one', 'two'}
 
 
 @pytest.mark.parametrize('ours', ({'batch_size': 8}, {'eval_iters': 10}, {'sha256': 'b'},
@@ -199,14 +199,19 @@ def test_a_single_difference_in_words_and_in_the_forest(minus, words, file):
     assert 1_000 < os.path.getsize(f'{path}.png') < 100_000
 
 
-def test_a_run_is_subtracted_by_its_name_where_no_variant_is_called_so():
-    keys = {'mlp': 'aoe', 'factorised': True, 'd_low': 32}
-    plain, mine, moe = seeds_of([2.0, 2.5], **keys), seeds_of([2.1, 2.75], **keys), seeds_of([1, 1])
-    found = differences({'plain': plain, 'mine': mine, 'moe': moe}, 'plain')
-    assert found['mine'].minus == pytest.approx({1: 0.1, 2: 0.25})
-    assert found.keys() == {'mine', 'moe'} and found['mine'].base == 'plain'
-    # the variant comes first: here two are aoe, and none is subtracted from another
-    assert differences({'aoe': plain, 'mine': mine, 'moe': moe}, 'aoe').keys() == {'moe'}
+def test_a_run_is_subtracted_by_its_name(file, refuse):
+    keys = {'factorised': True, 'd_low': 32}
+    path = file(results([2.0, 2.5], 'aoe', 'plain', **keys) + results([1.0, 1.0])
+                + results([2.1, 2.75], 'aoe', 'mine', **keys))
+    table = printed(path, '--minus=plain')
+    assert ' +0.1750 ± 0.9530 ' in table and table.count('of 2') == 2      # mine and moe
+    # by the variant both might be subtracted: that is refused, as is a run that only is called moe
+    assert "minus: expected a run, such as 'mine' or 'plain', got 'aoe'" in refuse(
+        main, path, '--minus=aoe')
+    wide = file(results([2.0, 2.0], router_std=0.1) + results([1.9, 1.9], 'aoe'), 'wide.jsonl')
+    assert "minus: expected a run, or one of aoe_whole, moe wide, got 'moe'" in refuse(main, wide)
+    assert 'forest: expected runs to compare with None, got none' in refuse(
+        main, path, '--minus=None', f'--forest={path}.png')
 
 
 def test_what_cannot_be_compared_is_refused_in_one_line(refuse, file, tmp_path):

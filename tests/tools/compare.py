@@ -15,6 +15,7 @@ writes the tables in pages anew, each between <!-- python tests/tools/compare.py
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -33,8 +34,8 @@ sys.path.insert(0, ROOT)
 
 from configurator import UserError, parse, read_text, run, write_text
 from sample import (RATES, checked, colors_of, difference_as_text, differences, group, interval,
-                    losses_of, mean_and_spread, notes_of, print_rows, read_results, save_figure,
-                    student, variant_of)
+                    losses_of, mean_and_spread, notes_of, of_variant, print_rows, read_results,
+                    save_figure, student, variant_of, what_differs)
 
 
 @dataclass
@@ -67,12 +68,18 @@ def read(files, config):
     for result in results:
         if 'diverged' not in result and not isinstance(result.get(config.loss), float):
             raise UserError(f'{result["from"]}: expected a result with a {config.loss}, got none')
-    runs = dict(sorted(group(results).items(), key=lambda run: order_of(*run)))
+    runs = dict(sorted(group(results).items(), key=lambda item: order_of(*item)))
     variants = sorted({variant_of(seeds) for seeds in runs.values()})
-    if config.minus not in (None, *variants, *runs):
+    # (a run that only is called moe isn't taken for moe)
+    bases = of_variant(runs, config.minus) or [run for run in runs if run == config.minus != 'moe']
+    if config.minus and not bases:
         raise UserError(f'minus: expected a run, or one of {", ".join(variants)}, got '
                         f'{config.minus!r}')
-    return runs, differences(runs, config.minus, config.loss)
+    for one, two in itertools.combinations(bases, 2):              # if only what is untold differs
+        if what_differs(*(next(iter(runs[name].values())) for name in (one, two))) == set():
+            raise UserError(f'minus: expected a run, such as {one!r} or {two!r}, got '
+                            f'{config.minus!r}, which both are')
+    return runs, differences(runs, bases, config.loss)
 
 
 def read_lines(file):
@@ -140,7 +147,7 @@ def rows_by_setting(runs, found, config):
     rows = {}                            # setting -> {variant: cell}
     for name, seeds in runs.items():
         variant = variant_of(seeds)
-        cell = (loss_of(seeds, config) if config.minus in (None, variant)
+        cell = (loss_of(seeds, config) if config.minus in (None, variant, name)
                 else difference_as_text(found.get(name)))
         row = rows.setdefault(setting_of(name, seeds), {})
         row[variant] = f'{row[variant]} and {cell}' if variant in row else cell
@@ -189,7 +196,8 @@ def holm(found):
 def cell_of(found, config):
     """The text of --cell. Raises UserError where a number alone would hide what differs."""
     if config.cell not in found:
-        raise UserError(f'cell: expected one of {", ".join(found)}, got {config.cell!r}')
+        known = ', '.join(found) or 'no run'
+        raise UserError(f'cell: expected one of {known}, got {config.cell!r}')
     difference = found[config.cell]
     if differ := difference.differ - RATES:
         raise UserError(f'cell: expected a {config.minus} like {config.cell!r} in all but rates, '
@@ -210,6 +218,8 @@ def in_words(difference):
 def draw_forest(runs, found, config):
     """A row for each difference: its mean, its 95 % interval; a * where more than rates differ."""
     from matplotlib.figure import Figure
+    if not found:
+        raise UserError(f'forest: expected runs to compare with {config.minus}, got none')
     starred = {name: difference for name, difference in found.items() if difference.differ - RATES}
     color = colors_of(dict.fromkeys(map(variant_of, runs.values())))
     figure = Figure(figsize=(8, 1.5 + 0.5 * len(found)), layout='constrained')
@@ -240,7 +250,12 @@ MARKED = re.compile(f'^({MARK} ([^>\\n]*)-->\n)(?:(?!<!--).)*{END}', re.S | re.M
 def with_marked(page):
     """The text of a page with what stands between its marks written anew. Raises UserError."""
     def anew(match):
-        given, files = parse(CompareConfig, shlex.split(match[2]), __doc__)
+        try:
+            given, files = parse(CompareConfig, shlex.split(match[2]), __doc__)
+        except ValueError as error:      # a quote that isn't closed, or a UserError
+            raise UserError(str(error)) from None
+        if {'cell', 'forest', 'pages'} & {*given}:
+            raise UserError(f'expected keys of a table, got {match[2]}')
         folders = (ROOT if '/' in file else os.path.dirname(page) for file in files)
         config, printed = CompareConfig(**given), io.StringIO()
         with contextlib.redirect_stdout(printed):
@@ -262,6 +277,8 @@ def main(arguments):
     given, files = parse(CompareConfig, arguments, __doc__)
     config = CompareConfig(**given)
     if config.pages:
+        if not files:
+            raise UserError('pages: expected the paths of pages, got none')
         for page in files:
             write_text(page, with_marked(page))
         return
