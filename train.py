@@ -718,7 +718,8 @@ def train_apart(config, hashes, stop, shared):
 
 def train_side_by_side(runs, jobs, stop, progress):
     """Train runs in processes of their own, `jobs` at once. Returns the highest exit status. Where
-    one has failed (1) the others go on; after another UserError (2) all save and end."""
+    one has failed (1) the others go on; after another UserError (2), and where nobody reads what is
+    printed (141), all save and end."""
     waiting, at_work, status = list(runs), {}, 0
     try:
         while at_work or (waiting and not stop.value):
