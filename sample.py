@@ -421,7 +421,7 @@ def difference_as_text(difference):
 
 def notes_of(found):
     """What is to be said below a table of Differences: in what else the two differ."""
-    return [f'{name}: {difference.base} differs in {", ".join(sorted(difference.differ))}, too'
+    return [f'{name} differs from {difference.base} in {", ".join(sorted(difference.differ))}, too'
             for name, difference in found.items() if difference.differ]
 
 

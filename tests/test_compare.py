@@ -103,7 +103,7 @@ def test_runs_with_other_tokens_or_windows_are_no_pair(ours, file, refuse):
 @pytest.mark.parametrize('key', ('torch', 'processor', 'model.py', 'learning_rate'))
 def test_what_else_differs_is_told_refused_and_marked(key, file, refuse, monkeypatch):
     path = file(results([2.0, 2.1]) + results([1.9, 2.2], 'aoe', **{key: 3}))
-    assert f'\n- aoe: moe differs in {key}, too\n' in printed(path)
+    assert f'\n- aoe differs from moe in {key}, too\n' in printed(path)
     figures = []
     monkeypatch.setattr('compare.save_figure', lambda figure, path: figures.append(figure))
     main([path, '--forest=forest.png'])
@@ -112,7 +112,7 @@ def test_what_else_differs_is_told_refused_and_marked(key, file, refuse, monkeyp
         assert printed(path, '--cell=aoe') == '+0.0000 ± 1.2706\n' and label == 'aoe'
     else:
         assert refuse(main, path, '--cell=aoe').endswith(f"got 'moe', which differs in {key}")
-        assert label == '* aoe' and f'\n* aoe: moe differs in {key}' in figures[0].get_supxlabel()
+        assert label == '* aoe' and f'\n* aoe differs from moe in {key}' in figures[0].get_supxlabel()
 
 
 @pytest.mark.parametrize('n, t', ((2, 12.7062), (11, 2.2281), (16, 2.1314), (24, 2.0687),
@@ -246,7 +246,7 @@ def test_a_page_is_written_anew(file, tmp_path):
     main(['--pages=True', str(page)])
     new = page.read_text(encoding='utf-8')
     assert new.startswith(f'Text.\n\n{mark}| run ') and table_of(new)['aoe'][3] == '0 of 2'
-    assert new.endswith(f'- aoe: moe differs in learning_rate, too\n{END}\nIt is\n')
+    assert new.endswith(f'- aoe differs from moe in learning_rate, too\n{END}\nIt is\n')
     assert with_marked(str(page)) == new
 
 

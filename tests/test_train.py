@@ -158,7 +158,7 @@ def test_a_config_file_may_name_runs_and_seeds_and_the_table_has_the_verdict(
         mean, half = (first + second) / 2, 12.7062 * abs(first - second) / 2     # t at 1 degree
         text = f'{mean:+.4f} ± {half:.4f}'
         assert minus == ('-' if name == 'base' else f'**{text}**' if abs(mean) > half else text)
-    notes = re.findall('(.+): base differs in (.+), too', printed)
+    notes = re.findall('(.+) differs from base in (.+), too', printed)
     assert notes == [('balanced', 'aux_weight'), ('few', 'top_k')]
     config = json.loads((workspace / 'out/two/balanced-2/config.json').read_text())
     assert (config['run'], config['seed'], config['iter']) == ('balanced', 2, 4)
