@@ -112,7 +112,8 @@ def test_what_else_differs_is_told_refused_and_marked(key, file, refuse, monkeyp
         assert printed(path, '--cell=aoe') == '+0.0000 ± 1.2706\n' and label == 'aoe'
     else:
         assert refuse(main, path, '--cell=aoe').endswith(f"got 'moe', which differs in {key}")
-        assert label == '* aoe' and f'\n* aoe differs from moe in {key}' in figures[0].get_supxlabel()
+        assert label == '* aoe'
+        assert f'\n* aoe differs from moe in {key}' in figures[0].get_supxlabel()
 
 
 @pytest.mark.parametrize('n, t', ((2, 12.7062), (11, 2.2281), (16, 2.1314), (24, 2.0687),
