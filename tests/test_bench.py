@@ -59,6 +59,7 @@ def test_a_step_is_timed_and_memory_told_of_every_variant(monkeypatch, capsys):
     assert float(table_of(memory)['aoe'][0]) > float(table_of(memory)['moe'][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('where, sizes, less', (
     ('head and loss', {'n_layer': 1, 'd_ffn': 48, 'vocab_size': 50_304}, '--batch_size=4'),
     ('backward of layers', {'n_layer': 2, 'd_ffn': 512, 'vocab_size': 84}, '--recompute=True')))

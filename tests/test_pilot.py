@@ -45,6 +45,7 @@ def test_experts_are_chosen_by_the_norm_of_a_node_and_weighted_by_the_router(fac
         torch.testing.assert_close(m(x)[0], torch.stack(slow), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_every_choice_is_evaluated_and_what_cannot_be_averaged_is_apart(
         workspace, refuse, monkeypatch, capsys):
     monkeypatch.chdir(workspace)

@@ -187,6 +187,7 @@ def test_every_command_has_keys_of_its_script(page, monkeypatch):
             parse(config, keys, '')
 
 
+@pytest.mark.slow
 def test_the_experiment_of_ones_own_is_what_the_page_says(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
     (workspace / 'mine.py').write_text(own_experiment())

@@ -426,6 +426,7 @@ def scale(monkeypatch, init_scale):
         device, enabled=enabled, init_scale=init_scale))
 
 
+@pytest.mark.slow
 def test_float16_ends_near_float32_also_when_it_was_stopped(train_here, monkeypatch):
     more = ['--mlp=aoe', '--aux_weight=0.01', '--gradient_accumulation_steps=2', '--dropout=0.1',
             '--lr_decay_iters=20']
