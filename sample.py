@@ -289,7 +289,7 @@ def group(results):
     for result in results:
         end = 'diverged' if 'diverged' in result else 'iter'
         shape = result['recipe'] | {'seed': None, 'run': result['run'], end: result[end]}
-        shape = {key: value for key, value in shape.items() if value is not None or key == end}
+        shape = {key: value for key, value in shape.items() if value is not None}
         seeds = next((seeds for other, seeds in groups if other == shape), None)
         if seeds is None:
             groups.append((shape, seeds := {}))
@@ -350,14 +350,17 @@ def of_variant(runs, variant):
 
 
 def what_differs(one, its):
-    """The keys of their recipes in which two results of one seed differ, besides those of the
-    variant. None where they can't be compared."""
+    """The keys in which the recipes of two results differ, besides those that make a variant."""
     recipe, its_recipe = one['recipe'], its['recipe']
-    differ = {key for key in (recipe | its_recipe).keys() - OF_VARIANT
-              if recipe.get(key) != its_recipe.get(key)}
-    comparable = (one['tokens'] == its['tokens'] and one['iter'] == its['iter']
-                  and 'diverged' not in one and 'diverged' not in its and not differ & AGREE)
-    return differ if comparable else None
+    return {key for key in (recipe | its_recipe).keys() - OF_VARIANT
+            if recipe.get(key) != its_recipe.get(key)}
+
+
+def comparable(one, its):
+    """Whether the losses of two results of one seed can be compared."""
+    return (one['tokens'] == its['tokens'] and one['iter'] == its['iter']
+            and 'diverged' not in one and 'diverged' not in its
+            and not what_differs(one, its) & AGREE)
 
 
 def differences(runs, bases, loss='lowest_val_loss'):
@@ -370,8 +373,8 @@ def differences(runs, bases, loss='lowest_val_loss'):
             others = runs[other]
             common = sorted(seeds.keys() & others.keys())
             # all seeds have one recipe, so the first tells
-            differ = what_differs(seeds[common[0]], others[common[0]]) if common else None
-            if differ is not None:
+            if common and comparable(seeds[common[0]], others[common[0]]):
+                differ = what_differs(seeds[common[0]], others[common[0]])
                 minus = {seed: seeds[seed][loss] - others[seed][loss] for seed in common}
                 base_loss = statistics.mean(others[seed][loss] for seed in common)
                 candidates.append(Difference(other, differ, minus, base_loss))
@@ -482,10 +485,8 @@ def notes_below(runs, found):
         if len(difference.minus) < max(len(runs[name]), len(runs[difference.base])):
             seeds = ', '.join(map(str, difference.minus))
             notes.append(f'{name}: minus moe over the seeds {seeds} alone')
-    recipes = [next(iter(seeds.values()))['recipe'] for seeds in runs.values()]
-    differ = {key for recipe in recipes for key in (recipe | recipes[0]).keys() - OF_VARIANT
-              if recipe.get(key) != recipes[0].get(key)}
-    if differ:
+    first, *others = (next(iter(seeds.values())) for seeds in runs.values())
+    if differ := set().union(*(what_differs(first, other) for other in others)):
         notes.append(f'these runs differ in {", ".join(sorted(differ))}')
     for name, seeds in runs.items():
         last, lowest = (statistics.mean(losses_of(seeds, key))

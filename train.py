@@ -300,7 +300,7 @@ def evaluate(model, data, autocast, splits=('train', 'val')):
         found[key] = total[key] / len(measured)                    # the mean over batches
     if 'handled' in total:
         found['class_load'] = (total['handled'] / total['of_class']).nan_to_num()
-    return entry | {key: value.tolist() for key, value in found.items()}
+    return entry | {key: value.double().round(decimals=6).tolist() for key, value in found.items()}
 
 
 # -----------------------------------------------------------------------------

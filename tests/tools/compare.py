@@ -33,9 +33,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 sys.path.insert(0, ROOT)
 
 from configurator import UserError, parse, read_text, run, write_text
-from sample import (RATES, checked, colors_of, difference_as_text, differences, group, interval,
-                    losses_of, mean_and_spread, notes_of, of_variant, print_rows, read_results,
-                    save_figure, student, variant_of, what_differs)
+from sample import (RATES, checked, colors_of, comparable, difference_as_text, differences, group,
+                    interval, losses_of, mean_and_spread, notes_of, of_variant, print_rows,
+                    read_results, save_figure, student, variant_of, what_differs)
 
 
 @dataclass
@@ -76,7 +76,8 @@ def read(files, config):
         raise UserError(f'minus: expected a run, or one of {", ".join(variants)}, got '
                         f'{config.minus!r}')
     for one, two in itertools.combinations(bases, 2):              # if only what is untold differs
-        if what_differs(*(next(iter(runs[name].values())) for name in (one, two))) == set():
+        pair = [next(iter(runs[name].values())) for name in (one, two)]
+        if comparable(*pair) and not what_differs(*pair):
             raise UserError(f'minus: expected a run, such as {one!r} or {two!r}, got '
                             f'{config.minus!r}, which both are')
     return runs, differences(runs, bases, config.loss)
