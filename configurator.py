@@ -24,7 +24,6 @@ import platform
 import re
 import runpy
 import sys
-import types
 import typing
 
 import torch
@@ -59,12 +58,9 @@ def run(main):
 
 
 def parse(cls, arguments, usage):
-    """Read command-line arguments against the dataclass cls.
-
-    Returns (given, paths): the values given as --key=value, by key, each of its field's type; and
-    the other arguments. --help prints usage and keys, and exits. Raises UserError for an unknown
-    key or a wrong type.
-    """
+    """Read command-line arguments against the dataclass cls. Returns (given, paths): the values
+    given as --key=value, by key, each of its field's type; and the other arguments. --help prints
+    usage and keys, and exits. Raises UserError for an unknown key or a wrong type."""
     if '-h' in arguments or '--help' in arguments:
         print_help(cls, usage)
         sys.exit(0)
@@ -85,8 +81,7 @@ def print_help(cls, usage):
     and the comments between them, which are headings."""
     print(usage.strip() + '\n\nKeys, with what they are by default; on the line as --key=value:\n')
     for parent in reversed(cls.__mro__[:-1]):
-        for line in re.findall(r'^    ((?:# |\w+: ).+)', inspect.getsource(parent), re.M):
-            print(line)
+        print(*re.findall(r'^    ((?:# |\w+: ).+)', inspect.getsource(parent), re.M), sep='\n')
 
 
 def typed(cls, key, value, where='--', note=''):
@@ -107,7 +102,7 @@ def typed(cls, key, value, where='--', note=''):
     # int gives (int,), int | None gives (int, NoneType), a Literal its values
     options = typing.get_args(known[key]) or (known[key],)
     # a text such as '3' stays one where the field is a text; 'None' is None where it may be
-    is_text = str in options and not (value == 'None' and types.NoneType in options)
+    is_text = str in options and not (value == 'None' and type(None) in options)
     if type(value) is str and not is_text:
         text = value.strip()
         with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
@@ -146,8 +141,7 @@ def read_config_file(cls, path):
     assigned = runpy.run_path(path)
     with open(path, 'rb') as file:
         refuse_a_key_twice(file.read(), path)
-    note = " (a config file's own names begin with _)"
-    return {key: typed(cls, key, value, f'{path}: ', note)
+    return {key: typed(cls, key, value, f'{path}: ', " (a config file's own names begin with _)")
             for key, value in assigned.items() if not key.startswith('_')}
 
 

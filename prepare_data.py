@@ -9,11 +9,10 @@ Turn a text into tokens on disk: data/<name>/train.bin, val.bin and meta.json.
     python prepare_data.py a.txt b.py notes --name=all   # files, and a folder's .txt
     python prepare_data.py openwebtext --tokenizer=gpt2 --max_docs=100000
 
-A file is a document, and so is a row of openwebtext; empty ones are left out.
-Between two of them comes <|endoftext|> with gpt2, and a line end with char.
-Tokens are uint16; the last tenth of them is held out for validation. meta.json
-says what they mean (tokenizer, vocabulary, vocab_size), where they come from
-(source, sha256 of the joined text), their number, and fingerprints of the files.
+A file is a document, and so is a row of openwebtext; empty ones are left out. Between two of them
+comes <|endoftext|> with gpt2, and a line end with char. Tokens are uint16; the last tenth of them
+is held out for validation. meta.json says what they mean (tokenizer, vocabulary, vocab_size), where
+they come from (source, sha256 of the joined text), their number, and fingerprints of the files.
 """
 
 import glob
@@ -93,8 +92,7 @@ def tinyshakespeare():
     return urllib.request.urlopen(url + 'input.txt', timeout=30).read()
 
 
-CORPORA = {'shakespeare': shakespeare, 'prose_and_code': prose_and_code,
-           'tinyshakespeare': tinyshakespeare}
+CORPORA = {corpus.__name__: corpus for corpus in (shakespeare, prose_and_code, tinyshakespeare)}
 SHA256 = {'shakespeare': 'da68ca4e8201d41a12c1d5e82d967bda85105f1dabe823d5735138bccabdd387',
           'prose_and_code': 'f5514a803a9084ee288df476768a67e343c3cec774b2e84fb83151f5c1b8af5e',
           'tinyshakespeare': '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'}

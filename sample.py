@@ -11,18 +11,15 @@ token that you point at the scores of all experts. Of a folder of runs: their ta
 as at the end of train.py.
 
     python sample.py out/quick_start
-
-Four parts: 1. a run's files, and its model  2. which expert took which token  3. the results of
-runs: brought together, compared, in a table, in pictures  4. main
 """
 
-import dataclasses
+import contextlib
 import json
 import math
 import os
 import re
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from html import escape
 from typing import NamedTuple
 
@@ -63,27 +60,22 @@ class SampleConfig:
 # -----------------------------------------------------------------------------
 # Part 1: a run's files, and its model
 
-BEST = {'model': dict, 'meta': dict, 'recipe': dict}               # what best.pt holds
-CHECKPOINT = {**BEST, 'optimizer': dict, 'scaler': dict, 'iter': int, 'seconds': float, 'log': list}
-
-
 def load_checkpoint(path, device, mmap=False):
     """What train.py has saved as ckpt.pt or best.pt. Nothing in the file can run code. mmap: read
     from the disk only what is looked at. Raises UserError."""
     if not os.path.exists(path):
         raise UserError(f'expected a checkpoint, got no file {path}; train one with train.py')
-    type_of = BEST if os.path.basename(path) == 'best.pt' else CHECKPOINT
-    try:
+    type_of = {'model': dict, 'meta': dict, 'recipe': dict}        # what both files hold
+    if os.path.basename(path) != 'best.pt':
+        type_of |= {'optimizer': dict, 'scaler': dict, 'iter': int, 'seconds': float, 'log': list}
+    with contextlib.suppress(Exception):                           # a file is damaged in many ways
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-        whole = all(isinstance(checkpoint[key], type_of[key]) for key in type_of)
-        whole &= all(isinstance(entry['iter'], int) and math.isfinite(entry['val_loss'])
-                     for entry in checkpoint.get('log', ()))
-    except Exception:                    # torch.load has many ways to find a file damaged
-        whole = False
-    if not whole:
-        raise UserError(f'{path}: expected a checkpoint of this train.py, got a damaged or foreign '
-                        'file; --name= trains anew, beside it')
-    return checkpoint
+        if (all(isinstance(checkpoint[key], type_of[key]) for key in type_of)
+                and all(isinstance(entry['iter'], int) and math.isfinite(entry['val_loss'])
+                        for entry in checkpoint.get('log', ()))):
+            return checkpoint
+    raise UserError(f'{path}: expected a checkpoint of this train.py, got a damaged or foreign '
+                    'file; --name= trains anew, beside it')
 
 
 def load_states(checkpoint, path, **parts):
@@ -101,7 +93,7 @@ def load_model(folder, device):
     path = os.path.join(folder, 'best.pt')
     checkpoint = load_checkpoint(path, device)
     recipe, meta = checkpoint['recipe'], checkpoint['meta']
-    keys = {field.name for field in dataclasses.fields(GPTConfig)}
+    keys = {field.name for field in fields(GPTConfig)}
     try:
         model = GPT(GPTConfig(**{key: recipe[key] for key in keys & recipe.keys()}))
         dtype = getattr(torch, recipe['dtype'])
@@ -158,10 +150,8 @@ def watch_experts(model, tokens):
     """All experts' scores and weights (L, S, E) for tokens (S,); an expert that isn't chosen weighs
     0. As in training they are read in windows of block_size, of which the first token has no
     context. (When generate drew them, each had more.)"""
-    windows = [model(window[None])[2] for window in tokens.split(model.config.block_size)]
-    scores = torch.cat([routing.scores for routing in windows], dim=1)
-    chosen = torch.cat([routing.chosen for routing in windows], dim=1)
-    weights = torch.cat([routing.weights for routing in windows], dim=1)
+    windows = [model(window[None])[2][:3] for window in tokens.split(model.config.block_size)]
+    scores, chosen, weights = (torch.cat(parts, dim=1) for parts in zip(*windows))
     return scores, torch.zeros_like(scores).scatter_add(2, chosen.clamp(min=0), weights)
 
 
@@ -253,8 +243,7 @@ def checked(result):
             raise ValueError(f'{key} = {result[key]}')
     if not is_run_name(result['run']):
         raise ValueError(f'a run called {result["run"]!r:.30}')
-    if not (isinstance(result['seed'], int) and result['recipe']['mlp']
-            and all(map(math.isfinite, result['ent_load']))):
+    if not (isinstance(result['seed'], int) and all(map(math.isfinite, result['ent_load']))):
         raise ValueError('no result')
     variant_of({0: result})              # raises KeyError where its recipe lacks a key
     return result
@@ -285,30 +274,27 @@ def group(results):
         ->  {'aoe (top_k 1)': {1: ..., 2: ...}, 'aoe (top_k 2, to 10)': {1: ...}}
 
     Equal results of one seed count once. Raises UserError for different ones."""
-    groups, furthest = [], max(result['iter'] for result in results)   # groups: (shape, seeds)
+    groups, furthest = {}, max(result['iter'] for result in results)   # groups: shape -> seeds
     for result in results:
         end = 'diverged' if 'diverged' in result else 'iter'
         shape = result['recipe'] | {'seed': None, 'run': result['run'], end: result[end]}
-        shape = {key: value for key, value in shape.items() if value is not None}
-        seeds = next((seeds for other, seeds in groups if other == shape), None)
-        if seeds is None:
-            groups.append((shape, seeds := {}))
-        twin = seeds.setdefault(result['seed'], result)
+        shape = frozenset(item for item in shape.items() if item[1] is not None)
+        twin = groups.setdefault(shape, {}).setdefault(result['seed'], result)
         if any(twin[key] != result[key] for key in ('val_loss', 'lowest_val_loss')):
             raise UserError(f'{result["from"]}: expected what {twin["from"]} has, which is the same'
                             f' run {result["run"]!r} with the same seed, got another loss; '
                             'remove one of the two')
     runs = {}
-    for shape, seeds in groups:
-        others = [other for other, _ in groups if other['run'] == shape['run']]
-        notes = [f'{key} {shape.get(key)}'
-                 for key in sorted(set().union(*others) - {'iter', 'diverged'})
-                 if any(other.get(key) != shape.get(key) for other in others)]
-        if 'diverged' in shape:
-            notes.append(f'diverged at {shape["diverged"]}')
-        elif shape['iter'] < furthest:
-            notes.append(f'to {shape["iter"]}')
-        runs[shape['run'] + (f' ({", ".join(notes)})' if notes else '')] = seeds
+    for shape, seeds in groups.items():
+        keys = dict(shape)
+        others = [other for other in groups if ('run', keys['run']) in other]
+        differ = {key for other in others for key, _ in shape ^ other} - {'iter', 'diverged'}
+        notes = [f'{key} {keys.get(key)}' for key in sorted(differ)]
+        if 'diverged' in keys:
+            notes.append(f'diverged at {keys["diverged"]}')
+        elif keys['iter'] < furthest:
+            notes.append(f'to {keys["iter"]}')
+        runs[keys['run'] + (f' ({", ".join(notes)})' if notes else '')] = seeds
     return runs
 
 
@@ -335,8 +321,7 @@ def variant_of(seeds):
     its {seed: result}."""
     recipe = next(iter(seeds.values()))['recipe']
     moe, aoe, factorised = recipe['mlp'] == 'moe', recipe['mlp'] == 'aoe', recipe['factorised']
-    std = recipe.get('router_std')
-    std = 0.02 if std is None else std                             # of older results
+    std = recipe.get('router_std', 0.02)                           # older results have none
     narrow = aoe and factorised and (recipe.get('d_judge') or math.inf) < recipe['d_low']
     parts = {'_whole': aoe and not factorised, ' narrow': narrow, ' factorised': moe and factorised,
              f' {recipe["router"]}': moe and recipe['router'] != 'linear',
@@ -393,17 +378,14 @@ def student(n):
     return angle, within / within[-1]
 
 
-def t_95(n):
-    """Half a 95 % interval of the mean of n values, in standard errors."""
-    angle, within = student(n)
-    return math.sqrt(n - 1) * math.tan(np.interp(0.95, within, angle))
-
-
 def half_interval(values):
     """Half a 95 % interval of the mean of values; infinite for a single one."""
-    if len(values) < 2:
+    n = len(values)
+    if n < 2:
         return math.inf
-    return t_95(len(values)) * statistics.stdev(values) / math.sqrt(len(values))
+    angle, within = student(n)
+    t = math.sqrt(n - 1) * math.tan(np.interp(0.95, within, angle))
+    return t * statistics.stdev(values) / math.sqrt(n)
 
 
 def interval(difference, unit=1):
@@ -459,41 +441,35 @@ def print_table(results, out_dir):
               'tokens/s')]
     for name, seeds in runs.items():
         of_seeds = list(seeds.values())
-        loss = mean_and_spread(losses_of(seeds))
-        minus = difference_as_text(found.get(name))
+        loss = 'diverged' if 'diverged' in of_seeds[0] else mean_and_spread(losses_of(seeds))
         ent_load = [layer for result in of_seeds for layer in result['ent_load']]
         speeds = [result['tokens'] / result['seconds'] for result in of_seeds if result['tokens']]
-        table.append((name, f'{of_seeds[0]["total_parameters"]:,}',
-                      'diverged' if 'diverged' in of_seeds[0] else loss,
-                      *([minus] if found else []),
+        table.append((name, f'{of_seeds[0]["total_parameters"]:,}', loss,
+                      *([difference_as_text(found.get(name))] if found else []),
                       f'{statistics.mean(ent_load):.3f}' if ent_load else '-',
                       f'{statistics.median(speeds):,.0f}' if speeds else '-'))
     print()
     print_rows(table)
     print(f'\nval loss: the lowest; Ent_load: ln E where all is even; pictures in {out_dir}')
-    for note in notes_below(runs, found):
-        print(note)
+    print_notes(runs, found)
 
 
-def notes_below(runs, found):
+def print_notes(runs, found):
     """The lines below print_table's table: of the differences, and of the runs themselves."""
-    notes = []
     if found:
-        notes = ['minus moe: mean and 95 % interval over the seeds; **bold** if it excludes 0',
-                 *notes_of(found)]
+        print('minus moe: mean and 95 % interval over the seeds; **bold** if it excludes 0',
+              *notes_of(found), sep='\n')
     for name, difference in found.items():                         # which seeds both have
         if len(difference.minus) < max(len(runs[name]), len(runs[difference.base])):
             seeds = ', '.join(map(str, difference.minus))
-            notes.append(f'{name}: minus moe over the seeds {seeds} alone')
+            print(f'{name}: minus moe over the seeds {seeds} alone')
     first, *others = (next(iter(seeds.values())) for seeds in runs.values())
     if differ := set().union(*(what_differs(first, other) for other in others)):
-        notes.append(f'these runs differ in {", ".join(sorted(differ))}')
+        print(f'these runs differ in {", ".join(sorted(differ))}')
     for name, seeds in runs.items():
-        last, lowest = (statistics.mean(losses_of(seeds, key))
-                        for key in ('val_loss', 'lowest_val_loss'))
-        if last > 1.02 * lowest:
-            notes.append(f'{name} ended at {last:.4f}, above its lowest')
-    return notes
+        last = statistics.mean(losses_of(seeds, 'val_loss'))
+        if last > 1.02 * statistics.mean(losses_of(seeds)):        # its lowest
+            print(f'{name} ended at {last:.4f}, above its lowest')
 
 
 def write_results(results, out_dir):
@@ -504,15 +480,13 @@ def write_results(results, out_dir):
               if key not in ('log', 'class_load', 'from')} for result in results]
     kept = []
     for line in read_text(path).splitlines() if os.path.exists(path) else ():
-        try:
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):     # not ours
             old = json.loads(line)
-            is_present = any(all(old[key] == result[key] for key in ('run', 'seed', 'recipe'))
-                             and old['iter'] <= result['iter'] for result in results)
-        except (ValueError, TypeError, KeyError, RecursionError):  # not ours
-            is_present = False
-        if not is_present:
-            kept.append(line)
-    write_text(path, ''.join(line + '\n' for line in kept) + as_lines(lines))
+            if any(all(old[key] == result[key] for key in ('run', 'seed', 'recipe'))
+                   and old['iter'] <= result['iter'] for result in results):
+                continue                 # it is present
+        kept.append(line + '\n')
+    write_text(path, ''.join(kept) + as_lines(lines))
 
 
 def as_lines(entries):
@@ -555,8 +529,7 @@ def draw_loss(runs, color):
     from matplotlib.figure import Figure
     figure, shown = Figure(figsize=(12, 5), layout='constrained'), []
     panels = figure.subplots(1, 2, sharey=True)
-    ordered = sorted(runs, key=lambda name: -statistics.mean(losses_of(runs[name])))
-    for name in ordered:
+    for name in sorted(runs, key=lambda name: -statistics.mean(losses_of(runs[name]))):
         logs = [{entry['iter']: entry for entry in result['log']} for result in runs[name].values()]
         iterations = sorted(set.intersection(*map(set, logs)))     # where all seeds were evaluated
         losses = np.array([[log[n]['val_loss'] for log in logs] for n in iterations])
@@ -572,8 +545,7 @@ def draw_loss(runs, color):
         shown += later.flatten().tolist()
     panels[0].set(title='same tokens', xlabel='iteration', ylabel='validation loss (nats per '
                   'token)', ylim=(min(shown) - 0.05, max(shown) + 0.05))
-    panels[1].set(title='same seconds (of runs that share a machine)',
-                  xlabel='seconds of training')
+    panels[1].set(title='same seconds (of runs that share a machine)', xlabel='seconds of training')
     panels[0].legend(title='lowest loss')
     return figure
 
@@ -683,8 +655,7 @@ def write_samples(folder, config):
             print(tokenizer.decode(tokens.tolist()))
     if config.show_experts:              # a page of the last text
         try:                             # best.pt is of the evaluation with the lowest loss
-            best = min(reversed(read_log(folder)), key=lambda evaluation: evaluation['val_loss'])
-            notes = stand_outs(best)
+            notes = stand_outs(min(reversed(read_log(folder)), key=lambda entry: entry['val_loss']))
         except (ValueError, KeyError, TypeError, IndexError):      # its log is gone, or damaged
             notes = []
         path = os.path.join(folder, 'experts.html')

@@ -133,8 +133,7 @@ def plan_runs(from_file, from_line):
         {'runs': {'a': {'mlp': 'aoe'}, 'm': {'mlp': 'moe'}}, 'seeds': (1, 2)}  ->  a-1 m-1 a-2 m-2
 
     The line wins over the file, and --mlp replaces the file's runs. A key that is both on the line
-    and in an entry of `runs` is refused. Raises UserError.
-    """
+    and in an entry of `runs` is refused. Raises UserError."""
     given = from_file | from_line
     runs, the_name = given.pop('runs', None), given.pop('name', None)
     seeds = given.get('seeds')           # each run keeps this key: its folder is called by its seed
@@ -220,10 +219,8 @@ class Data:
 
     def eval_batches(self, split):
         """At most eval_iters batches of windows spread evenly over the text, the same for all runs.
-
         split: 'train'; 'val'; or 'test', windows of the validation text halfway between those of
-        'val'. They are evaluated once, at the end. A short text has no room for any.
-        """
+        'val'. They are evaluated once, at the end. A short text has no room for any."""
         size, S = self.config.batch_size, self.config.block_size
         source = 'val' if split == 'test' else split
         tokens = len(self.tokens[source])
@@ -238,19 +235,13 @@ class Data:
         for batch in starts.reshape(n, size):
             yield self.batch(source, batch)
 
-    def classes(self, idx):
-        """The place in CLASSES of each token of idx, flat; None where they are no characters."""
-        return self.class_of_token[idx.flatten()] if self.meta['vocabulary'] else None
-
 
 # -----------------------------------------------------------------------------
 # evaluation
 
 def measure(routing, classes, config):
     """What is measured from the Routing of a batch, as tensors to be added up over batches.
-
-    classes (T,): of each token; None where the tokens are no characters.
-    """
+    classes (T,): the place in CLASSES of each token; None where the tokens are no characters."""
     E = config.n_expert
     chosen = routing.chosen.masked_fill(routing.chosen < 0, E)     # -1, nobody, becomes E
     used = F.one_hot(chosen, E + 1).sum(2)[..., :E].float()        # 1 where chosen: (L, T, E)
@@ -269,16 +260,14 @@ def measure(routing, classes, config):
     return measured
 
 
-# a line of log.jsonl has all of these, so that its readers need not ask
-NOTHING_MEASURED = {'load': [], 'ent_load': [], 'ent_conf': [], 'norm': [], 'class_load': [],
-                    'experts_per_token': [], 'aux_loss': 0.0}
-
-
 @torch.no_grad()
 def evaluate(model, data, autocast, splits=('train', 'val')):
     """Mean cross-entropy (nats per token) on the splits, and on 'val' what the experts did."""
     model.eval()
-    entry, measured = dict(NOTHING_MEASURED), []
+    # a line of log.jsonl has all of these, so that its readers need not ask
+    entry = {'load': [], 'ent_load': [], 'ent_conf': [], 'norm': [], 'class_load': [],
+             'experts_per_token': [], 'aux_loss': 0.0}
+    measured = []
     for split in splits:
         losses = []
         for idx, targets in data.eval_batches(split):
@@ -286,7 +275,8 @@ def evaluate(model, data, autocast, splits=('train', 'val')):
                 _, loss, routing = model(idx, targets)
             losses.append(loss)
             if split == 'val' and model.config.mlp != 'dense':
-                measured.append(measure(routing, data.classes(idx), model.config))
+                classes = data.class_of_token[idx.flatten()] if data.meta['vocabulary'] else None
+                measured.append(measure(routing, classes, model.config))
         if losses:
             entry[f'{split}_loss'] = torch.stack(losses).mean().item()
     model.train()
@@ -331,9 +321,9 @@ class RunFailed(UserError):
     """A run has diverged, or its process was killed. The other runs go on."""
 
 
-def train(config, stop, progress):
+def train(config, stop, note):
     """Train one run, from scratch or from its ckpt.pt, until max_iters, or until stop.value is the
-    number of a signal. Calls progress(tokens done, loss). Raises UserError, also as RunFailed."""
+    number of a signal. Calls note(run, tokens done, loss). Raises UserError, also as RunFailed."""
     c, state = config, prepare(config)
     tell(description(state))
     if c.eval_only:
@@ -357,7 +347,7 @@ def train(config, stop, progress):
         if state.iteration % c.log_interval == 0:
             refuse_not_finite(state)
             shown_loss = loss.item()
-        progress(state.iteration * c.tokens_per_iter, shown_loss)
+        note(c, state.iteration * c.tokens_per_iter, shown_loss)
 
 
 def prepare(config):
@@ -667,34 +657,28 @@ class Progress:
     def note(self, run, tokens, loss):
         """What a run has done, if it is in this process; show it."""
         self.of[run.folder][:] = tokens, loss
-        self.show([run])
+        self.show([run.folder])
 
-    def show(self, runs):
-        """Draw the bar, with the losses of these runs, which are at work."""
-        losses = [self.of[run.folder][1] for run in runs]
+    def show(self, folders):
+        """Draw the bar, with the losses of the runs in these folders, which are at work."""
+        losses = [self.of[folder][1] for folder in folders]
         known = ' '.join(f'{loss:.3f}' for loss in losses if not math.isnan(loss))
         self.bar.set_postfix_str(f'loss {known}', refresh=False)
         self.bar.update(self.tokens() - self.bar.n)
 
 
-def attempt(config, stop, progress):
-    """train(). Returns an exit status: 1 where the run has failed, 2 after another UserError."""
-    try:
-        train(config, stop, progress)
-    except UserError as error:
-        if WORLD_SIZE > 1:               # RANK 0 alone may know, and the others would wait for it
-            raise
-        tell(f'error: {error}', sys.stderr)
-        return 1 if isinstance(error, RunFailed) else 2
-    return 0
-
-
-def train_one_by_one(runs, stop, progress):
-    """Train runs in this process. Returns the highest exit status. Where one has failed (1) the
-    others go on."""
+def train_one_by_one(runs, stop, note):
+    """Train runs in this process. Returns the highest exit status: 1 where one has failed, and the
+    others go on; 2 after another UserError."""
     status = 0
     for run in runs:
-        status = max(status, attempt(run, stop, functools.partial(progress.note, run)))
+        try:
+            train(run, stop, note)
+        except UserError as error:
+            if WORLD_SIZE > 1:           # RANK 0 alone may know, and the others would wait for it
+                raise
+            tell(f'error: {error}', sys.stderr)
+            status = max(status, 1 if isinstance(error, RunFailed) else 2)
         if status == 2 or stop.value:
             break
     return status
@@ -704,7 +688,7 @@ def train_apart(config, hashes, stop, shared):
     """Train a run in a process of its own, which has imported model.py and train.py anew."""
     first = multiprocessing.parent_process()
 
-    def note(tokens, loss):
+    def note(_, tokens, loss):
         shared[:] = tokens, loss
         if not first.is_alive():         # it was killed; ckpt.pt is there to go on from
             sys.exit(1)
@@ -713,7 +697,7 @@ def train_apart(config, hashes, stop, shared):
         tell(f'error: {config.folder}: expected the code of the start, got another '
              f'{" and ".join(changed)}; start anew', sys.stderr)
         sys.exit(1)
-    configurator.run(lambda _: sys.exit(attempt(config, stop, note)))
+    configurator.run(lambda _: sys.exit(train_one_by_one([config], stop, note)))
 
 
 def train_side_by_side(runs, jobs, stop, progress):
@@ -732,20 +716,19 @@ def train_side_by_side(runs, jobs, stop, progress):
                     signal.signal(number, signal.SIG_IGN)
                 process.start()
                 stop_on_signals(stop)
-                at_work[process.sentinel] = process, run
+                at_work[process.sentinel] = process
             ended = wait(at_work, timeout=0.5)
-            progress.show([run for _, run in at_work.values()])
-            for sentinel in ended:
-                process, run = at_work.pop(sentinel)
+            progress.show([process.name for process in at_work.values()])
+            for process in map(at_work.pop, ended):
                 process.join()
                 if process.exitcode > 1:                 # 2, or 141: nobody reads the output
                     stop.value = signal.SIGTERM
                 elif process.exitcode < 0:               # minus the signal that killed it
-                    tell(f'error: {run.folder}: its process ended with exit code '
+                    tell(f'error: {process.name}: its process ended with exit code '
                          f'{process.exitcode}; --init_from=resume goes on with it', sys.stderr)
                 status = max(status, process.exitcode if process.exitcode >= 0 else 1)
     finally:
-        for process, _ in at_work.values():              # after a second Ctrl-C
+        for process in at_work.values():                 # after a second Ctrl-C
             process.kill()
     return status
 
@@ -802,7 +785,7 @@ def main(arguments):
         if jobs > 1:
             status = max(status, train_side_by_side(to_train, jobs, stop, progress))
         else:
-            status = max(status, train_one_by_one(to_train, stop, progress))
+            status = max(status, train_one_by_one(to_train, stop, progress.note))
     if status > 1:
         sys.exit(status)
     if stop.value:
@@ -810,8 +793,7 @@ def main(arguments):
         print('\nstopped and saved; to go on: '
               f'python train.py {shlex.join(again)} --init_from=resume')
         sys.exit(128 + stop.value)
-    evaluated = any(os.path.exists(run.path('log.jsonl')) for run in runs)
-    if RANK == 0 and evaluated and not c.eval_only:
+    if RANK == 0 and not c.eval_only and any(os.path.exists(run.path('log.jsonl')) for run in runs):
         show_results(c.out_dir)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
