@@ -274,27 +274,30 @@ def group(results):
         ->  {'aoe (top_k 1)': {1: ..., 2: ...}, 'aoe (top_k 2, to 10)': {1: ...}}
 
     Equal results of one seed count once. Raises UserError for different ones."""
-    groups, furthest = {}, max(result['iter'] for result in results)   # groups: shape -> seeds
+    groups, furthest = [], max(result['iter'] for result in results)   # groups: (shape, seeds)
     for result in results:
         end = 'diverged' if 'diverged' in result else 'iter'
         shape = result['recipe'] | {'seed': None, 'run': result['run'], end: result[end]}
-        shape = frozenset(item for item in shape.items() if item[1] is not None)
-        twin = groups.setdefault(shape, {}).setdefault(result['seed'], result)
+        shape = {key: value for key, value in shape.items() if value is not None or key == end}
+        seeds = next((seeds for other, seeds in groups if other == shape), None)
+        if seeds is None:
+            groups.append((shape, seeds := {}))
+        twin = seeds.setdefault(result['seed'], result)
         if any(twin[key] != result[key] for key in ('val_loss', 'lowest_val_loss')):
             raise UserError(f'{result["from"]}: expected what {twin["from"]} has, which is the same'
                             f' run {result["run"]!r} with the same seed, got another loss; '
                             'remove one of the two')
     runs = {}
-    for shape, seeds in groups.items():
-        keys = dict(shape)
-        others = [other for other in groups if ('run', keys['run']) in other]
-        differ = {key for other in others for key, _ in shape ^ other} - {'iter', 'diverged'}
-        notes = [f'{key} {keys.get(key)}' for key in sorted(differ)]
-        if 'diverged' in keys:
-            notes.append(f'diverged at {keys["diverged"]}')
-        elif keys['iter'] < furthest:
-            notes.append(f'to {keys["iter"]}')
-        runs[keys['run'] + (f' ({", ".join(notes)})' if notes else '')] = seeds
+    for shape, seeds in groups:
+        others = [other for other, _ in groups if other['run'] == shape['run']]
+        notes = [f'{key} {shape.get(key)}'
+                 for key in sorted(set().union(*others) - {'iter', 'diverged'})
+                 if any(other.get(key) != shape.get(key) for other in others)]
+        if 'diverged' in shape:
+            notes.append(f'diverged at {shape["diverged"]}')
+        elif shape['iter'] < furthest:
+            notes.append(f'to {shape["iter"]}')
+        runs[shape['run'] + (f' ({", ".join(notes)})' if notes else '')] = seeds
     return runs
 
 

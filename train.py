@@ -290,7 +290,7 @@ def evaluate(model, data, autocast, splits=('train', 'val')):
         found[key] = total[key] / len(measured)                    # the mean over batches
     if 'handled' in total:
         found['class_load'] = (total['handled'] / total['of_class']).nan_to_num()
-    return entry | {key: value.double().round(decimals=6).tolist() for key, value in found.items()}
+    return entry | {key: value.tolist() for key, value in found.items()}
 
 
 # -----------------------------------------------------------------------------
@@ -616,7 +616,7 @@ def read_config_json(run):
     path = run.path('config.json')
     try:
         return dict(json.loads(read_text(path))) if os.path.exists(path) else {}
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise UserError(f'{path}: expected one of train.py, got a damaged one; remove it, and the '
                         'run goes on from its ckpt.pt') from None
 

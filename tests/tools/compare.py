@@ -191,7 +191,8 @@ def holm(found):
     survives = True
     for i, name in enumerate(sorted(p_of, key=p_of.get)):
         survives = survives and (len(p_of) - i) * p_of[name] <= 0.05
-        yield f"{name}: p {p_of[name]:.2g}, {'survives' if survives else 'fails'} Holm's correction"
+        p = f'{p_of[name]:.2g}' if p_of[name] > 1e-9 else 'below 1e-9'         # a sum, to 1e-12
+        yield f"{name}: p {p}, {'survives' if survives else 'fails'} Holm's correction"
 
 
 def cell_of(found, config):
