@@ -349,6 +349,7 @@ def result(run='moe', seed=1, iter=20, diverged=None, loss=1.0, **recipe):
     ([result(), result('aoe', iter=30)], {'moe (to 20)': [1], 'aoe': [1]}),
     ([result(), result(seed=2, diverged=7)], {'moe': [1], 'moe (diverged at 7)': [2]}),
     ([result(a=0.0), result(seed=2, a=-0.0)], {'moe': [1, 2]}),    # equal, but not as text
+    ([result(a=[1]), result(a=[2])], {'moe (a [1])': [1], 'moe (a [2])': [1]}),   # a tuple of yours
     ([result()], {'moe': [1]})))
 def test_a_label_says_what_differs(results, expected):
     assert {name: list(seeds) for name, seeds in group(results).items()} == expected
