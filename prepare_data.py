@@ -210,7 +210,7 @@ def load_meta(folder):
                         'run prepare_data.py first, whose --help has examples')
     try:
         return dict(json.loads(read_text(path)))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise UserError(f'{path}: expected one of prepare_data.py, got a damaged one; remove '
                         f'{folder} and run it again') from None
 

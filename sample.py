@@ -243,7 +243,8 @@ def checked(result):
             raise ValueError(f'{key} = {result[key]}')
     if not is_run_name(result['run']):
         raise ValueError(f'a run called {result["run"]!r:.30}')
-    if not (isinstance(result['seed'], int) and all(map(math.isfinite, result['ent_load']))):
+    if not (isinstance(result['seed'], int) and result['recipe']['mlp']
+            and all(map(math.isfinite, result['ent_load']))):
         raise ValueError('no result')
     variant_of({0: result})              # raises KeyError where its recipe lacks a key
     return result
@@ -324,7 +325,8 @@ def variant_of(seeds):
     its {seed: result}."""
     recipe = next(iter(seeds.values()))['recipe']
     moe, aoe, factorised = recipe['mlp'] == 'moe', recipe['mlp'] == 'aoe', recipe['factorised']
-    std = recipe.get('router_std', 0.02)                           # older results have none
+    std = recipe.get('router_std')
+    std = 0.02 if std is None else std                             # of older results
     narrow = aoe and factorised and (recipe.get('d_judge') or math.inf) < recipe['d_low']
     parts = {'_whole': aoe and not factorised, ' narrow': narrow, ' factorised': moe and factorised,
              f' {recipe["router"]}': moe and recipe['router'] != 'linear',
@@ -348,7 +350,7 @@ def comparable(one, its):
     """Whether the losses of two results of one seed can be compared."""
     return (one['tokens'] == its['tokens'] and one['iter'] == its['iter']
             and 'diverged' not in one and 'diverged' not in its
-            and not what_differs(one, its) & AGREE)
+            and all(one['recipe'].get(key) == its['recipe'].get(key) for key in AGREE))
 
 
 def differences(runs, bases, loss='lowest_val_loss'):
