@@ -5,12 +5,7 @@ What the scripts share, in three parts: keys and errors, files, the machine.
 
 A dataclass says which keys a script has, of which type, with which default; the comment behind a
 field is its help. Later wins: default, config file, command line. A config file is Python and is
-run, so start only those that you trust. What it assigns are keys, except for names that begin
-with _:
-
-    _width = 64
-    n_embd = 4 * _width
-    runs = {f'aoe {d}': {'d_low': d} for d in (8, 16, 32)}
+run, so start only those that you trust. It assigns keys; names that begin with _ are its own.
 """
 
 import ast
@@ -18,7 +13,9 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import hashlib
 import inspect
+import json
 import os
 import platform
 import re
@@ -42,7 +39,7 @@ class UserError(ValueError):
 def run(main):
     """Call main(arguments of the command line). A UserError ends the program with its one line and
     exit status 2, Ctrl-C with 130. Where nobody reads its output any more it ends quietly: 141."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):          # None: closed, as by >&-
+    for stream in filter(None, (sys.stdout, sys.stderr)):          # None was closed, as by >&-
         stream.reconfigure(errors='replace', line_buffering=True)  # a terminal may lack a character
     try:
         main(sys.argv[1:])
@@ -58,9 +55,8 @@ def run(main):
 
 
 def parse(cls, arguments, usage):
-    """Read command-line arguments against the dataclass cls. Returns (given, paths): the values
-    given as --key=value, by key, each of its field's type; and the other arguments. --help prints
-    usage and keys, and exits. Raises UserError for an unknown key or a wrong type."""
+    """Returns the values given as --key=value, by key, each of the type of its field in cls, and
+    the other arguments. --help prints usage and keys, and exits. Raises UserError."""
     if '-h' in arguments or '--help' in arguments:
         print_help(cls, usage)
         sys.exit(0)
@@ -77,10 +73,10 @@ def parse(cls, arguments, usage):
 
 
 def print_help(cls, usage):
-    """Print the usage, then the lines of cls that define keys, `    key: type = default  # help`,
-    and the comments between them, which are headings."""
+    """Print the usage, then the lines of cls and its parents that define a key or are a heading, as
+    `    n_layer: int = 4   # number of blocks` and `    # model` do."""
     print(usage.strip() + '\n\nKeys, with what they are by default; on the line as --key=value:\n')
-    for parent in reversed(cls.__mro__[:-1]):
+    for parent in reversed(cls.__mro__[:-1]):            # the last is `object`
         print(*re.findall(r'^    ((?:# |\w+: ).+)', inspect.getsource(parent), re.M), sep='\n')
 
 
@@ -94,55 +90,55 @@ def typed(cls, key, value, where='--', note=''):
         Literal['a', 'b']    'a' -> 'a'            'c' is refused
 
     Raises UserError; its text has `where` before the key, and `note` after an unknown one."""
-    known = {field.name: field.type for field in dataclasses.fields(cls)}
-    if key not in known:
-        near = difflib.get_close_matches(str(key), known, n=1)
+    types = {field.name: field.type for field in dataclasses.fields(cls)}
+    if key not in types:
+        near = difflib.get_close_matches(str(key), types, n=1)
         hint = f'did you mean {near[0]}?' if near else '--help lists the keys'
+        if str(value).endswith('.py'):
+            hint = f'a config file stands alone: python train.py {value}'
         raise UserError(f'{where}{key}: no such key; {hint}{note}')
-    # int gives (int,), int | None gives (int, NoneType), a Literal its values
-    options = typing.get_args(known[key]) or (known[key],)
-    # a text such as '3' stays one where the field is a text; 'None' is None where it may be
-    is_text = str in options and not (value == 'None' and type(None) in options)
-    if type(value) is str and not is_text:
-        text = value.strip()
-        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            value = ast.literal_eval(text)
-        if type(value) is dict:
-            refuse_a_key_twice(text, f'{where}{key}')
+    # int gives (int,), int | None gives (int, NoneType), Literal['a', 'b'] gives ('a', 'b')
+    allowed = typing.get_args(types[key]) or (types[key],)
+    if type(value) is str:
+        value = from_text(value, allowed)
     if type(value) is str and key.endswith('_dir'):
         value = os.path.expanduser(value)
-    if type(value) is int and float in options and abs(value) < 2**1000:   # larger: no float
+    if type(value) is int and float in allowed:
         value = float(value)
-    if type(value) in (int, list, range) and tuple in options:
+    if type(value) in (int, list, range) and tuple in allowed:
         value = (value,) if type(value) is int else tuple(value)
-    if type(value) in options or (type(value) is str and value in options):
+    if type(value) in allowed or (type(value) is str and value in allowed):
         return value
-    names = ' or '.join(getattr(option, '__name__', str(option)) for option in options)
-    expected = names.replace('NoneType', 'None')
+    names = (getattr(option, '__name__', option) for option in allowed)
+    expected = ' or '.join(names).replace('NoneType', 'None')
     raise UserError(f'{where}{key}: expected {expected}, got {value!r:.200}')
 
 
-def refuse_a_key_twice(code, where):
-    """Raise UserError where Python code has a {...} with a key twice. Python keeps the last without
-    a word, and one of `runs` would be lost."""
-    for node in ast.walk(ast.parse(code)):
-        keys = [key.value for key in getattr(node, 'keys', ()) if isinstance(key, ast.Constant)]
-        if len(set(keys)) < len(keys):
-            raise UserError(f'{where}: expected each key once, got {keys}')
+def from_text(text, allowed):
+    """The text as it is where a text is allowed; else what it is in Python, if it is Python."""
+    if str in allowed and not (text == 'None' and type(None) in allowed):
+        return text
+    with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return ast.literal_eval(text.strip())
+    return text
 
 
 def read_config_file(cls, path):
     """Run a config file, which is Python. Returns what it assigned by key, each of its field's
-    type; names that begin with _ are its own. Raises UserError; a mistake in its code raises what
-    Python raises."""
+    type. Raises UserError; a mistake in its code raises what Python raises."""
     if not (path.endswith('.py') and os.path.isfile(path)):
         raise UserError('expected a config file such as config/quick_start.py, or --key=value, '
                         f'got {path!r}: there is no such .py file')
-    assigned = runpy.run_path(path)
-    with open(path, 'rb') as file:
-        refuse_a_key_twice(file.read(), path)
     return {key: typed(cls, key, value, f'{path}: ', " (a config file's own names begin with _)")
-            for key, value in assigned.items() if not key.startswith('_')}
+            for key, value in runpy.run_path(path).items() if not key.startswith('_')}
+
+
+def is_run_name(name):
+    """Whether a run can be called so. Its name is that of a folder in out_dir; of a row in tables,
+    where | ends a cell and (...) says what differs; and of a line in matplotlib's legend, where $
+    begins mathematics and a first _ hides it."""
+    return (isinstance(name, str) and re.fullmatch(r'(?!_)\w[\w .,=+%-]*', name) is not None
+            and not name.endswith((' ', '.', '.jsonl', '.png')))
 
 
 def expect(config, keys, expected, fits):
@@ -154,9 +150,16 @@ def expect(config, keys, expected, fits):
             raise UserError(f'{key}: expected {expected}, got {value!r}')
 
 
-def is_folder_name(name):
-    """Whether a folder can be made that is called so and lies in the folder where it is made."""
-    return name.isprintable() and name not in ('', '.', '..') and os.path.basename(name) == name
+@contextlib.contextmanager
+def expecting(what):
+    """As a context, turns whatever goes wrong in it into a UserError that begins with `what`: for
+    files, which can be missing, damaged or foreign in many ways."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f'{what}; got {error!r:.90}') from None
 
 
 # -----------------------------------------------------------------------------
@@ -165,7 +168,7 @@ def is_folder_name(name):
 @contextlib.contextmanager
 def replacing(path):
     """As a context, gives the name of a file to write, which then takes the place of path: whole,
-    or not at all. (The process id in it keeps two writers apart.) Raises UserError."""
+    or not at all. (Runs side by side draw one picture: the process id keeps them apart.)"""
     part = f'{path}.{os.getpid()}.part'
     try:
         yield part
@@ -190,6 +193,25 @@ def read_text(path):
         return file.read()
 
 
+def as_lines(entries):
+    """The text of a .jsonl, a line for each entry."""
+    return ''.join(json.dumps(entry, allow_nan=False) + '\n' for entry in entries)
+
+
+def hash_of(path):
+    """Of the code in a file, without its comments and docstrings."""
+    tree = ast.parse(read_text(path))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = ''                                  # a docstring
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:8]
+
+
+def last_of(value):
+    """What a run has gone on with: of 'one, then two', as its recipe then says, 'two'."""
+    return value.rpartition(', then ')[2] if isinstance(value, str) else value
+
+
 # -----------------------------------------------------------------------------
 # the machine: what `auto` means here
 
@@ -207,23 +229,11 @@ def choose_device(name):
             torch.cuda.set_device(name)
         if not re.fullmatch(r'cpu|mps|cuda(:\d+)?', name):
             raise RuntimeError('known are cuda, cuda:1, mps, cpu')
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=name)
     except (RuntimeError, AssertionError, AttributeError, KeyError) as error:  # it is not there
         raise UserError(f'device: expected auto or one of this machine, got {name!r}: '
                         f'{str(error).splitlines()[0]:.80}') from None
-    return device
-
-
-def processor_name(device):
-    """What computes. It is part of a run's recipe: with equal settings and seed, runs end some
-    0.006 nats per token apart on two kinds of CPU."""
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    info = dict(re.findall(r'^([^\t\n]+)\t*: (.+)', cpu_info(), re.M))
-    name = info.get('model name', platform.processor())
-    kind = f' ({info.get("cpu family", "?")}/{info.get("model", "?")})' if info else ''
-    return f'{name}{kind} {torch.backends.cpu.get_cpu_capability()}'
+    return torch.device(name)
 
 
 def cpu_info():
@@ -231,29 +241,34 @@ def cpu_info():
     return read_text('/proc/cpuinfo') if os.path.exists('/proc/cpuinfo') else ''
 
 
+def processor_name(device):
+    """What computes, such as '25 17 AMD EPYC AVX512'. It is part of a run's recipe: with equal
+    settings and seed, runs end some 0.006 nats per token apart on two kinds of CPU."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    facts = re.findall(r'^(?:cpu family|model|model name|CPU part)\t*: (.+)', cpu_info(), re.M)
+    name = ' '.join(dict.fromkeys(facts)) or platform.processor()  # without what each core repeats
+    return f'{name} {torch.backends.cpu.get_cpu_capability()}'
+
+
 def usable_cores():
     """How many cores this process may use; `taskset` may have allowed it fewer than there are."""
-    if hasattr(os, 'sched_getaffinity'):                           # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
 def fast_dtype(device):
     """The name of the dtype of matmuls that auto stands for."""
     if device.type == 'cuda':            # T4 and V100 are fast in float16 alone
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return 'bfloat16' if native else 'float16'
+        return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
     # a CPU without instructions for bfloat16 is slow in it
     return 'bfloat16' if device.type == 'cpu' and 'avx512_bf16' in cpu_info() else 'float32'
 
 
 def keep_freed_memory():
     """Let glibc, where there is one, keep large freed blocks. It would return them to the kernel,
-    which clears them page by page when the next step asks again: a quarter of its time. (To be
-    taken on trust.)"""
-    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4           # from glibc's malloc.h
+    which clears them page by page when the next step asks again: a quarter of its time."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_TOP_PAD, 64 * 2**20)
+        mallopt = ctypes.CDLL(None).mallopt              # take its numbers on trust: malloc.h's
+        mallopt(-4, 0)                                   # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)                           # M_TRIM_THRESHOLD
+        mallopt(-2, 64 * 2**20)                          # M_TOP_PAD

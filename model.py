@@ -7,7 +7,6 @@ A small GPT whose MLP is one of three, and nothing else changes:
             most strongly go on: Autonomy-of-Experts, arXiv 2501.13074            (Algorithm 2)
 
 Four parts, to be read in this order:
-
     1. the three MLPs, as the paper writes them        all of AoE is here
     2. the GPT around them                             RMSNorm, rotary positions, no biases
     3. a matmul for all experts, and one for each      can be taken on trust
@@ -16,7 +15,7 @@ Four parts, to be read in this order:
 Shapes in the comments:
     B sequences of S positions; together T = B * S tokens. (nanoGPT calls S positions T.)
     D = n_embd (nanoGPT's C), E = n_expert, K = top_k
-    d = an expert's hidden width: d_ffn, or d_wide where its gate is factorised
+    d = an expert's hidden width: d_ffn, or d_wide where its gate is factorised (Eq. 5)
 """
 
 import math
@@ -26,17 +25,12 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
 class GPTConfig:
-    """What defines a model. Raises ValueError where the numbers do not fit.
-
-    d_judge and d_low become None where the model has no use for them: d_judge but for aoe, d_low
-    without a factorised gate or the large router.
-    """
+    """What defines a model. Raises ValueError where the numbers do not fit."""
     # model
     block_size: int = 64                 # context length, in tokens
     vocab_size: int | None = None        # None: as many as the data's tokenizer has
@@ -44,29 +38,28 @@ class GPTConfig:
     n_head: int = 4                      # attention heads per block
     n_embd: int = 128                    # width of the residual stream, D
     dropout: float = 0.0                 # probability of dropping an activation in training
-    mlp: str = 'aoe'                     # aoe, moe or dense; on train.py's line also aoe,moe
-    factorised: bool | None = None       # is the gate x Wdown Wup, or x Wg? None: only in aoe
+    mlp: str = 'aoe'                     # aoe, moe or dense; train.py takes several: aoe,moe
+    factorised: bool | None = None       # True: gate x Wdown Wup; False: x Wg; None: True in aoe
     n_expert: int = 8                    # experts per layer, E
     top_k: int = 2                       # experts that handle a token, K
     d_ffn: int | None = None             # hidden width of an expert; dense: K times it; None: 4 D
     d_low: int | None = None             # inner width of a factorised gate; None: about D / 3
-    d_judge: int | None = None           # aoe: numbers that score; None: d_low; unfactorised: D / 6
-    aux_weight: float = 0.0              # of L_aux, which evens out the loads; paper: 0, and 0.01
+    d_judge: int | None = None           # how many numbers score in aoe; None: d_low, or D / 6
+    aux_weight: float = 0.0              # weight of L_aux, which evens out loads; paper: 0 and 0.01
     # other variants, most of the paper's Tables 2 and 3
-    router: Literal['linear', 'large'] = 'linear'   # of moe; large has as many numbers as w_down
+    router: Literal['linear', 'large'] = 'linear'   # moe's; large has as many numbers as w_down
     router_std: float = 0.02             # standard deviation of a router's first weights
     select: Literal['top_k', 'top_p', 'expert_choice'] = 'top_k'   # how experts are chosen
-    top_p: float = 0.6                   # for top_p: the probability that the chosen reach together
+    top_p: float = 0.6                   # the probability that top_p's experts reach together
     weigh_among: Literal['chosen', 'all'] = 'chosen'   # softmax over these; Switch Transformer: all
-    conf_weight: float = 0.0             # of Ent_conf in the loss; paper: 1e-4 with top_p
-    capacity_factor: float = 2.0         # for expert_choice: an expert takes this * T/E tokens
+    conf_weight: float = 0.0             # weight of Ent_conf in the loss; paper: 1e-4 with top_p
+    capacity_factor: float = 2.0         # an expert of expert_choice takes this * T/E tokens
     # memory
     recompute: bool = False              # compute blocks again in backward instead of storing them
 
     def __post_init__(self):
-        refuse_out_of_range(self)                                  # these three: part 4
-        fill_in(self)
-        refuse_misfits(self)
+        refuse_out_of_range(self)                                  # both are in part 4
+        fit_together(self)
 
     @property
     def d_wide(self):
@@ -78,7 +71,8 @@ class GPTConfig:
 # Part 1: the three MLPs. Each takes T tokens x (T, D); gives h (T, D), and what its experts did.
 
 class Routing(NamedTuple):
-    """What the experts did with T tokens. The GPT stacks its layers: (L, T, E) and so on."""
+    """What the experts did with T tokens. The GPT stacks its layers: (L, T, E) and so on. With
+    top_p and expert_choice I and w have a place for each expert: (T, E) for (T, K)."""
     scores: torch.Tensor     # (T, E)  p: the norms of aoe, or what the router of moe says
     chosen: torch.Tensor     # (T, K)  I: the experts that handle the token; -1 is nobody
     weights: torch.Tensor    # (T, K)  w: how much each counts; 0 for nobody
@@ -97,7 +91,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         h = (F.silu(x @ self.w_g) * (x @ self.w_p)) @ self.w_o
-        return h, Routing(*[x.new_empty(0)] * 4)                   # there are no experts
+        nothing = x.new_empty(0)                                   # there are no experts
+        return h, Routing(nothing, nothing, nothing, nothing)
 
 
 class SparseMLP(nn.Module):
@@ -124,12 +119,13 @@ class SparseMLP(nn.Module):
     def choose(self, p):
         """I (T, K): for each token the experts with the highest scores p (T, E)."""
         if self.config.select != 'top_k':
-            return choose_by_another_rule(p, self.config)          # part 4
+            return choose_by_another_rule(at_least_float32(p), self.config)    # part 4
         return p.topk(self.config.top_k).indices                   # argtopK(p)
 
     def weigh(self, p, I):
-        """w (T, K) = softmax(p[I]); 0 for nobody. The choice I has no gradient: through w alone the
-        cross-entropy teaches the scores."""
+        """w (T, K) = softmax(p[I]); 0 for nobody. A choice has no gradient: the cross-entropy
+        teaches the scores through w alone."""
+        p = at_least_float32(p)                                    # norm and route return no less
         nobody = I < 0
         I = I.masked_fill(nobody, 0)                               # gather needs an expert
         if self.config.weigh_among == 'all':
@@ -141,12 +137,10 @@ class SparseMLP(nn.Module):
     def experts(self, x, I, w, C=None):
         """h (T, D) = sum over i in I of w_i (SiLU(gate_i) * (x Wp_i)) Wo_i.
 
-        The chosen pairs of a token and an expert become N rows, sorted by expert; `of_each`
-        multiplies each expert's rows by its matrix (part 3). rows.token says which token a row is,
-        rows.pair which place of C, and rows.weight its w_i.
-
-        C (T, E, d_low) are the products x Wdown_i, if aoe has computed them for all experts.
-        """
+        The chosen pairs of a token and an expert become N rows, sorted by expert: rows.token is the
+        token, rows.weight its w_i, and rows.pair the pair's place in C (T, E, d_low), the products
+        x Wdown_i, where aoe has computed them. `of_each` multiplies the rows of each expert by its
+        matrix (part 3)."""
         rows = sort_by_expert(I, w, self.config.n_expert)
         x_rows = x.index_select(0, rows.token)                     # (N, D)
         if self.config.factorised:
@@ -165,7 +159,8 @@ class SparseMLP(nn.Module):
     def auxiliary_loss(self, p, I):
         """aux_weight * L_aux + conf_weight * Ent_conf, from the scores p (T, E) and the chosen I.
         L_aux is lowest where all experts handle equally many tokens."""
-        loss, E = p.new_zeros(()), self.config.n_expert
+        p, E = at_least_float32(p), self.config.n_expert
+        loss = p.new_zeros(())
         if self.config.aux_weight:
             f = count(I, E).type_as(p) / len(p)                    # Eq. 6: (E,), their sum is K
             mean_p = p.softmax(-1).mean(0)                         # Eq. 6, P: (E,)
@@ -196,7 +191,7 @@ class MoE(SparseMLP):
         return h, Routing(p.detach(), I, w.detach(), self.auxiliary_loss(p, I))
 
     def route(self, x):
-        """R(x): x times a matrix; for the large router SiLU(x times a first one) times it."""
+        """R(x) = x router; for the large one SiLU(x router_in) router."""
         if self.config.router == 'large':
             x = F.silu(x @ self.router_in)
         with torch.autocast(x.device.type, enabled=False):         # scores are float32 at least
@@ -222,7 +217,7 @@ class WholeAoE(SparseMLP):
 
     def forward(self, x):                                          # (T, D)
         p = norm(of_all(self.w_g[:, :, :self.config.d_judge], x))  # (T, E)
-        I = self.choose(p)                                         # as in AoE, but without C
+        I = self.choose(p)                                         # from here as in AoE, without C
         w = self.weigh(p, I)
         h = self.experts(x, I, w)
         return h, Routing(p.detach(), I, w.detach(), self.auxiliary_loss(p, I))
@@ -247,7 +242,7 @@ def count(I, E):
 
 
 def entropy(p):
-    """Of the softmax over all E scores: p (T, E) -> (T,). Its mean is Ent_conf, Eq. 8."""
+    """The entropy of the softmax over all E scores p (T, E): (T,). Its mean is Ent_conf, Eq. 8."""
     return -(p.softmax(-1) * p.log_softmax(-1)).sum(-1)
 
 
@@ -258,23 +253,19 @@ def at_least_float32(x):
 # -----------------------------------------------------------------------------
 # Part 2: the GPT
 
-EPS = torch.finfo(torch.float32).eps     # of the RMSNorms, whatever the dtype
+EPS = torch.finfo(torch.float32).eps     # RMSNorm would take the dtype's: 0.008 in bfloat16
 
 
 def rotate(x, cos, sin):
-    """Rotary positions: a head's numbers i and i + head_dim / 2 are a pair (x1, x2), which is
-    turned by an angle that grows with the position.
-
-    x (B, n_head, S, head_dim); cos, sin (S, head_dim / 2). Returns the shape and dtype of x.
-    """
+    """Rotary positions: the numbers i and i + head_dim / 2 of a head are a pair, turned by an angle
+    that grows with the position. x (B, n_head, S, head_dim); cos and sin (S, head_dim / 2)."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1).type_as(x)
 
 
 def attend(q, k, v, dropout):
-    """softmax(q k^T / sqrt(head_dim)) v, causal; all (B, n_head, S, head_dim). The result may be
-    float32: on a CPU, attention this short is slow in bfloat16."""
-    if q.device.type == 'cpu' and q.shape[2] < 256:
+    """softmax(q k^T / sqrt(head_dim)) v, causal; all (B, n_head, S, head_dim)."""
+    if q.device.type == 'cpu' and q.shape[2] < 256:                # here bfloat16 is slow
         with torch.autocast('cpu', enabled=False):
             q, k, v = (at_least_float32(part) for part in (q, k, v))
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
@@ -312,8 +303,7 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin):                                # (B, S, D)
         x = x + self.dropout(self.attention(self.norm_1(x), cos, sin))
-        # cast here once, for all matmuls of the MLP (part 3)
-        tokens = as_autocast(self.norm_2(x)).flatten(0, 1)         # (T, D)
+        tokens = as_autocast(self.norm_2(x)).flatten(0, 1)         # (T, D), cast for all matmuls
         h, routing = self.mlp(tokens)                              # (T, D)
         return x + self.dropout(h.view_as(x)), routing
 
@@ -323,8 +313,7 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        if config.vocab_size is None:
-            raise ValueError('vocab_size: expected the number of different tokens, got None')
+        need(config, 'vocab_size', config.vocab_size, 'the number of different tokens')
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
@@ -342,24 +331,25 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Draw every matrix from a normal distribution, with a standard deviation of
+        """Draw every matrix, also one that you add, from a normal distribution, with a standard
+        deviation of
 
             w_g, w_p, w_down, w_up, router_in     1 / sqrt(rows): an input of variance 1 keeps it
             w_o, attention.out                    0.02 / sqrt(2 n_layer): they add to the residual
             router                                router_std
             all others                            0.02
 
-        The first line differs from GPT-2, which has 0.02 there, too. That suits a D of some
+        GPT-2 has 0.02 in the first line, too. That is 1 / sqrt(2500), and suits a D of some
         thousands: at D 96 the experts start nearly alike, and every variant ends at a higher loss.
         """
         for name, weight in self.named_parameters():
             std = 0.02
             if name.endswith(('w_g', 'w_p', 'w_down', 'w_up', 'router_in')):
                 std = weight.shape[-2] ** -0.5
-            elif name.endswith('mlp.router'):
-                std = self.config.router_std
             elif name.endswith(('w_o', 'attention.out.weight')):
                 std = 0.02 / math.sqrt(2 * self.config.n_layer)
+            elif name.endswith('mlp.router'):
+                std = self.config.router_std
             if weight.dim() > 1:                                   # the norms' weights stay at 1
                 weight.normal_(0.0, std)
 
@@ -369,8 +359,6 @@ class GPT(nn.Module):
             logits   (B, S, vocab_size)
             loss     mean cross-entropy in nats per token, nothing added; None without targets
             routing  Routing, stacked over the layers (dense: empty); the trainer adds its aux_loss
-
-        Raises ValueError for a longer idx.
         """
         S = idx.shape[1]
         if S > self.config.block_size:
@@ -379,12 +367,8 @@ class GPT(nn.Module):
         routings = []
         for block in self.blocks:
             inputs = (x, self.cos[:S], self.sin[:S])
-            if self.config.recompute:
-                # backward calls the block again, and gives it the weights of now: they may be
-                # somebody's replacements (torch.func)
-                weights = dict(block.named_parameters(remove_duplicate=False))
-                x, routing = checkpoint(functional_call, block, weights, inputs,
-                                        use_reentrant=False)
+            if self.config.recompute:    # backward calls the block again, with the weights it has
+                x, routing = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x, routing = block(*inputs)
             routings.append(routing)
@@ -392,22 +376,17 @@ class GPT(nn.Module):
         loss = None
         if targets is not None:
             loss = F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten())
-        return logits, loss, Routing(*(torch.stack(field) for field in zip(*routings)))
+        fields = zip(*routings)                                    # all scores, all I, all w, ...
+        return logits, loss, Routing(*map(torch.stack, fields))
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, vocab_top_k=None, vocab_size=None,
                  seed=1337):
-        """Continue idx (B, S) by max_new_tokens, each drawn from the prediction and fed back.
-
-        temperature: below 1 sharpens the prediction; 0 always takes the likeliest token.
-        vocab_top_k: draw from that many likeliest tokens only. (top_k is about experts.)
-        vocab_size: draw from the first so many tokens only. (A tokenizer may know fewer than the
-            model, whose vocabulary is sometimes rounded up for speed.)
-        seed: the same seed on the same machine draws the same text.
-        Sets the model to eval mode. The context is the last block_size tokens. (With
-        select='expert_choice' who handles a token depends on the other tokens of idx, too.) Raises
-        ValueError where there is no token to continue.
-        """
+        """Continue idx (B, S) by max_new_tokens, each drawn from the prediction and fed back. Sets
+        the model to eval mode. The context is the last block_size tokens. A temperature below 1
+        sharpens the prediction; 0 always takes the likeliest token. Only the vocab_top_k likeliest
+        are drawn, of the first vocab_size. (A tokenizer may know fewer tokens than the model, whose
+        vocabulary is sometimes rounded up for speed.)"""
         if idx.shape[1] == 0:
             raise ValueError('expected a token at least to continue, got none')
         self.eval()
@@ -431,15 +410,15 @@ class GPT(nn.Module):
         return sum(weight.numel() for weight in self.parameters())
 
     def active_parameters(self):
-        """How many of them one token meets: of each expert weight, which is stacked over the E
-        experts, the share of those that handle a token; but of what judges in aoe, all."""
-        c, active, judging = self.config, self.total_parameters(), 0
-        if c.mlp == 'aoe':               # every expert takes its first look at every token
-            judging = c.n_expert * c.n_embd * (c.d_low if c.factorised else c.d_judge)
-        for block in self.blocks:
-            stacked = sum(weight.numel() for weight in block.mlp.parameters() if weight.dim() == 3)
-            active -= (1 - experts_of_a_token(c) / c.n_expert) * (stacked - judging)
-        return round(active)
+        """How many of them one token meets: all but those of the experts that do not handle it. In
+        aoe it meets what scores in these, too."""
+        c, scoring = self.config, 0
+        if c.mlp == 'aoe':
+            scoring = c.n_layer * c.n_expert * c.n_embd * (c.d_low if c.factorised else c.d_judge)
+        stacked = sum(weight.numel() for block in self.blocks for weight in block.mlp.parameters()
+                      if weight.dim() == 3)                        # a matrix for each expert
+        idle = 1 - experts_of_a_token(c) / c.n_expert              # the share that does not
+        return round(self.total_parameters() - idle * (stacked - scoring))
 
     def flops_per_token(self):
         """Floating-point operations of a training step per token: 6 for each active weight of a
@@ -448,7 +427,7 @@ class GPT(nn.Module):
         c = self.config
         norms = sum(weight.numel() for weight in self.parameters() if weight.dim() < 2)
         weights = self.active_parameters() - norms
-        if c.mlp == 'aoe' and not c.factorised:          # the chosen compute what judged once more
+        if c.mlp == 'aoe' and not c.factorised:          # the chosen compute again what scored
             weights += round(c.n_layer * experts_of_a_token(c) * c.n_embd * c.d_judge)
         return 6 * weights + 12 * c.n_layer * c.block_size * c.n_embd
 
@@ -457,8 +436,7 @@ class GPT(nn.Module):
 # Part 3: a matmul for all experts, and one for each
 
 def as_autocast(x):
-    """x in the dtype that autocast multiplies in. F.grouped_mm below does not cast by itself, and
-    where one x meets several matrices it is cast once."""
+    """x in the dtype that autocast multiplies in: F.grouped_mm below does not cast by itself."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
@@ -493,66 +471,38 @@ class Rows(NamedTuple):
 def sort_by_expert(I, w, E):
     """The Rows of I and w (T, K). With E = 2, K = 1, tokens a, b, c and I = [[1], [0], [1]]:
 
-        row      0 1 2 ... 15   16 17 18 ... 31
-        expert   0 0 0     0     1  1  1      1
+        row      0 1 2 ... 15   16 17 18 ... 47      N = 48, ends = [16, 48]
+        expert   0 0 0     0     1  1  1      1      the last has what is left of the padding
         token    b . .     .     a  c  .      .      . is padding
     """
-    expert, weight = I.flatten(), w.flatten()                      # of each pair
+    expert, weight = I.flatten(), w.flatten()                      # each pair's expert, and its w
     token = torch.arange(len(expert), device=I.device) // I.shape[1]
     if I.shape[1] == E:
-        # a place for each expert, as rules other than top_k have, and most are nobody's: drop these
-        # (and wait for the GPU, to know how many are left)
+        # with rules other than top_k most places are nobody's: drop these, and wait for the GPU
         somebody = expert >= 0
         expert, weight, token = expert[somebody], weight[somebody], token[somebody]
-    # a `choose` of your own may leave -1 in I: such a row is the last expert's, and weighs nothing
-    weight = weight.masked_fill(expert < 0, 0)
-    expert = expert.masked_fill(expert < 0, E - 1)
+    expert = expert.masked_fill(expert < 0, E - 1)       # nobody has weight 0: any expert may do it
     padding = padding_of(expert, E)
     expert, order = torch.cat([expert, padding]).sort(stable=True)
     token = F.pad(token, (0, len(padding)))[order]                 # padding is of token 0
-    weight = F.pad(weight, (0, len(padding)))[order]               # and has weight 0
+    weight = F.pad(weight, (0, len(padding)))[order]               # its weight is 0
     return Rows(token, token * E + expert, weight, count(expert, E).cumsum(0).int())
 
 
-PAD = 16
-
-
-def padding_of(expert, E):
-    """The experts of rows to be added, so that each expert has a multiple of PAD rows. They change
-    no result. But each expert has a row then (where it has none, F.grouped_mm returns garbage as
-    its gradient: PyTorch issue 172439), and shapes repeat: on a CPU a bfloat16 matmul of a new
-    shape takes longer to prepare than to do.
-
-    Each expert gets 1 to PAD more rows, to the next multiple of PAD; the last gets what is left of
-    E * PAD rows, so that N depends on no choice and no GPU has to be waited for.
-    """
-    places = torch.arange(PAD, device=expert.device)               # in an expert's last PAD rows
-    lacks = places >= (count(expert, E) % PAD).unsqueeze(1)        # those that are empty: (E, PAD)
-    padding = torch.arange(E, device=expert.device).unsqueeze(1).where(lacks, E - 1).flatten()
-    return F.pad(padding, (0, -len(expert) % PAD), value=E - 1)
+def padding_of(expert, E, multiple=16):
+    """The experts of rows to be added: each gets 1 to 16, so that it has a multiple of 16, and the
+    last what is left of a number that depends on no choice, so that no GPU has to be waited for.
+    These rows change no result. But every expert has a row then (F.grouped_mm gives garbage as the
+    gradient of one without: PyTorch issue 172439), and shapes repeat: on a CPU a bfloat16 matmul of
+    a new shape takes longer to prepare than to do."""
+    total = E * multiple + -len(expert) % multiple
+    rows = multiple - count(expert, E) % multiple                  # how many each gets: (E,)
+    rows[-1] += total - rows.sum()
+    return torch.arange(E, device=expert.device).repeat_interleave(rows, output_size=total)
 
 
 # -----------------------------------------------------------------------------
 # Part 4: the configuration: defaults that depend on other keys, other ways to choose, refusals
-
-def fill_in(config):
-    """Set the keys that are None to what fits the others; those of no use to the model to None."""
-    c = config
-    if c.factorised is None or c.mlp == 'dense':
-        c.factorised = c.mlp == 'aoe'
-    if c.d_ffn is None:
-        c.d_ffn = 4 * c.n_embd
-    if not (c.factorised or (c.mlp == 'moe' and c.router == 'large')):
-        c.d_low = None
-    elif c.d_low is None:
-        c.d_low = default_d_low(c.n_embd, c.d_ffn)
-    if c.mlp != 'aoe':
-        c.d_judge = None
-    elif c.d_judge is None and c.factorised:
-        c.d_judge = c.d_low                                        # the paper's
-    elif c.d_judge is None:                                        # about D / 6
-        c.d_judge = min(max(8, 8 * round(c.n_embd / 48)), c.n_embd, c.d_ffn)
-
 
 def width_of_equal_size(D, d_ffn, d_low):
     """d_wide of Eq. 5, which gives an expert with a factorised gate as many numbers as one of moe:
@@ -570,8 +520,9 @@ def default_d_low(D, d_ffn):
     """The multiple of 8 that is nearest to a third of D (of d_ffn, if that is less), among those
     that give an expert the size of one of moe's to 1 %; among all, if none does."""
     third = min(D, d_ffn) / 3
-    return min(range(8, max(9, int(2 * third) + 8), 8), key=lambda d_low: (
-        abs(size_against_moe(D, d_ffn, d_low) - 1) > 0.01, abs(d_low - third)))
+    widths = range(8, max(9, int(2 * third) + 8), 8)
+    fitting = [d_low for d_low in widths if abs(size_against_moe(D, d_ffn, d_low) - 1) <= 0.01]
+    return min(fitting or widths, key=lambda d_low: abs(d_low - third))
 
 
 def experts_of_a_token(config):
@@ -585,13 +536,10 @@ def experts_of_a_token(config):
 
 @torch.no_grad()
 def choose_by_another_rule(p, config):
-    """I by the rules of Table 3, from the scores p (T, E). It is (T, E), a place for each expert
-    that might handle the token; -1, nobody, where it does not.
-
-    top_p: the fewest experts whose probabilities reach top_p together. expert_choice: each expert
-    takes its best tokens of the batch, wherever they stand in it; so later tokens decide, too, and
-    the loss is lower than it could be in use.
-    """
+    """I by the rules of Table 3, from the scores p (T, E). It is (T, E), a place for each expert;
+    -1, nobody, where the expert does not handle the token. top_p takes the fewest experts whose
+    probabilities reach top_p together. In expert_choice each expert takes its best tokens of the
+    batch; later tokens decide, too, and the loss is lower than where they are not known yet."""
     T, E = p.shape
     q = p.softmax(-1)
     if config.select == 'top_p':
@@ -605,7 +553,7 @@ def choose_by_another_rule(p, config):
 
 
 def need(config, key, fits, expected):
-    """configurator.expect, almost; but model.py imports nothing of ours."""
+    """Raise ValueError for a key that does not fit. (model.py imports nothing of ours.)"""
     if not fits:
         raise ValueError(f'{key}: expected {expected}, got {getattr(config, key)!r}')
 
@@ -617,7 +565,9 @@ def refuse_out_of_range(config):
                 'd_ffn', 'd_low', 'd_judge', 'capacity_factor'):
         value = getattr(c, key)
         need(c, key, value is None or 0 < value < 2**31, 'a positive number')
-    for key, known in (('mlp', ('aoe', 'moe', 'dense')), ('router', ('linear', 'large')),
+    need(c, 'mlp', c.mlp in ('aoe', 'moe', 'dense'),
+         'aoe, moe or dense (aoe_whole is --mlp=aoe --factorised=False)')
+    for key, known in (('router', ('linear', 'large')),
                        ('select', ('top_k', 'top_p', 'expert_choice')),
                        ('weigh_among', ('chosen', 'all'))):
         need(c, key, getattr(c, key) in known, f'one of {", ".join(known)}')
@@ -627,18 +577,25 @@ def refuse_out_of_range(config):
     need(c, 'dropout', 0 <= c.dropout < 1, 'a probability below 1')
 
 
-def refuse_misfits(config):
-    """Raise ValueError for the first key that does not fit the others."""
+def fit_together(config):
+    """Set the keys that are None to what fits the others, and those of no use to the model to None.
+    Raise ValueError for the first key that does not fit."""
     c, D = config, config.n_embd
     need(c, 'top_k', c.top_k <= c.n_expert, f'at most n_expert = {c.n_expert}')
-    need(c, 'n_embd', D % (2 * c.n_head) == 0, f'a multiple of 2 * n_head = {2 * c.n_head} (rotary '
-         'positions turn pairs of numbers within a head)')
-    if c.d_low is not None:
+    need(c, 'n_embd', D % (2 * c.n_head) == 0, f'a multiple of 2 * n_head = {2 * c.n_head}')
+    if c.factorised is None or c.mlp == 'dense':                   # dense is never factorised
+        c.factorised = c.mlp == 'aoe'
+    c.d_ffn = c.d_ffn or 4 * D
+    if c.factorised or (c.mlp == 'moe' and c.router == 'large'):
+        c.d_low = c.d_low or default_d_low(D, c.d_ffn)
         need(c, 'd_low', c.d_low <= D, f'at most n_embd = {D}')
+    else:
+        c.d_low = None
     if c.factorised:
         need(c, 'd_low', c.d_wide > 0, f'less: Eq. 5 leaves no d_wide to experts of {c.d_ffn}')
-    if c.mlp == 'aoe' and c.factorised:
-        need(c, 'd_judge', c.d_judge <= c.d_low, f'at most d_low = {c.d_low}')
-    elif c.mlp == 'aoe':
-        most = min(D, c.d_ffn)
-        need(c, 'd_judge', c.d_judge <= most, f'at most {most}, the least of n_embd and d_ffn')
+    if c.mlp == 'aoe':
+        most = c.d_low if c.factorised else min(D, c.d_ffn)
+        c.d_judge = c.d_judge or c.d_low or min(max(8, 8 * round(D / 48)), most)
+        need(c, 'd_judge', c.d_judge <= most, f'at most {most} (d_low, or n_embd and d_ffn)')
+    else:
+        c.d_judge = None

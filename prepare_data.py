@@ -12,7 +12,7 @@ Turn a text into tokens on disk: data/<name>/train.bin, val.bin and meta.json.
 A file is a document, and so is a row of openwebtext; empty ones are left out. Between two of them
 comes <|endoftext|> with gpt2, and a line end with char. Tokens are uint16; the last tenth of them
 is held out for validation. meta.json says what they mean (tokenizer, vocabulary, vocab_size), where
-they come from (source, sha256 of the joined text), their number, and fingerprints of the files.
+they come from (source, sha256 of the joined text), and how many they are.
 """
 
 import glob
@@ -32,11 +32,10 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from configurator import UserError, expect, is_folder_name, parse, read_text, run, write_text
+from configurator import UserError, expect, parse, read_text, run, write_text
 
 VAL_FRACTION = 0.1
 END_OF_TEXT, END_TOKEN = '<|endoftext|>', 50_256         # between two documents, with gpt2
-MB = 1_000_000
 
 
 @dataclass
@@ -49,7 +48,8 @@ class PrepareConfig:
     hub: str = 'Skylion007/openwebtext'  # openwebtext's rows: a data set of the hub, or a folder
 
     def __post_init__(self):
-        expect(self, 'name', 'the name of a folder in data_dir', is_folder_name)
+        expect(self, 'name', 'the name of a folder in data_dir', lambda name: name.isprintable()
+               and name == os.path.basename(name) and name not in ('', '.', '..'))
         expect(self, 'data_dir', 'the path of a folder', str.isprintable)
         expect(self, 'max_docs', 'a positive number', lambda n: 0 < n < 2**63)
 
@@ -133,7 +133,7 @@ def documents_of(places, hub):
             elif place in CORPORA:
                 print(f'fetching {place}')
                 yield CORPORA[place]().decode('utf-8')
-            else:                        # as bytes: reading it as a text would change line ends
+            else:                        # bytes, since reading a text would change line ends
                 yield pathlib.Path(place).read_bytes().decode('utf-8-sig')
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f'expected a text in UTF-8, got {place!r}: {error}') from None
@@ -178,6 +178,18 @@ class GPT2Tokenizer:
         self.encode, self.decode = encoding.encode_ordinary, encoding.decode
 
 
+CLASSES = ('letters', 'capitals', 'spaces', 'line ends', 'other')  # of characters
+
+
+def class_of(character):
+    """The place in CLASSES of a character; digits and punctuation are others."""
+    if character.isalpha():
+        return CLASSES.index('capitals' if character.isupper() else 'letters')
+    if character in '\r\n':
+        return CLASSES.index('line ends')
+    return CLASSES.index('spaces' if character.isspace() else 'other')
+
+
 def tokenizer_from(meta, data_dir='data'):
     """The tokenizer that a meta.json, or a checkpoint's copy of it, describes."""
     is_gpt2 = meta['tokenizer'] == 'gpt2'
@@ -187,32 +199,13 @@ def tokenizer_from(meta, data_dir='data'):
 # -----------------------------------------------------------------------------
 # data/<name>: its three files
 
-def fingerprint(path):
-    """The sha256 of a file, as hexadecimal digits; of one above 100 MB only that of 100 pieces of
-    1 MB, spread evenly from its start to its end, to take well below a second. Raises OSError."""
-    size = os.path.getsize(path)
-    starts = range(0, size, MB)
-    if size > 100 * MB:
-        starts = [piece * (size - MB) // 99 for piece in range(100)]
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        for start in starts:
-            file.seek(start)
-            digest.update(file.read(MB))
-    return digest.hexdigest()
-
-
 def load_meta(folder):
     """The meta.json of a data set, a dict. Raises UserError where none is whole."""
-    path = os.path.join(folder, 'meta.json')
-    if not os.path.exists(path):
-        raise UserError(f'expected data in {folder}, got no meta.json there; '
-                        'run prepare_data.py first, whose --help has examples')
     try:
-        return dict(json.loads(read_text(path)))
-    except (ValueError, TypeError, RecursionError):
-        raise UserError(f'{path}: expected one of prepare_data.py, got a damaged one; remove '
-                        f'{folder} and run it again') from None
+        return dict(json.loads(read_text(os.path.join(folder, 'meta.json'))))
+    except (OSError, ValueError, TypeError, RecursionError):
+        raise UserError(f'expected data in {folder}, got no meta.json there, or a damaged one; '
+                        'remove it and run prepare_data.py, whose --help has examples') from None
 
 
 def write_tokens(folder, documents, tokenizer):
@@ -222,27 +215,44 @@ def write_tokens(folder, documents, tokenizer):
     with open(train, 'wb') as file:
         for number, text in enumerate(tqdm(documents, unit='document', disable=None)):
             encoded = tokenizer.encode(text)
-            if number > 0:               # only with gpt2, since prepare joins those of char
+            if number > 0:               # a second document comes with gpt2 alone: char joins them
                 encoded, text = [END_TOKEN, *encoded], END_OF_TEXT + text
             file.write(array('H', encoded))              # unsigned, 16 bits: train.py's uint16
             digest.update(text.encode('utf-8'))
             characters += len(text)
-    tokens = os.path.getsize(train) // 2                 # each has two bytes
-    train_tokens = int(tokens * (1 - VAL_FRACTION))
-    if train_tokens == 0:
-        raise UserError(f'expected at least two tokens, got {tokens}; a folder needs .txt files')
+    N = os.path.getsize(train) // 2                      # a token has two bytes
+    start = int(N * (1 - VAL_FRACTION))                  # val.bin begins here
+    if start == 0:
+        raise UserError(f'expected at least two tokens, got {N}; a folder needs .txt files')
     with open(train, 'r+b') as file, open(val, 'wb') as held_out:
-        file.seek(2 * train_tokens)
+        file.seek(2 * start)
         shutil.copyfileobj(file, held_out)
-        file.truncate(2 * train_tokens)
+        file.truncate(2 * start)
     return {'vocab_size': tokenizer.vocab_size, 'sha256': digest.hexdigest(),
-            'characters': characters, 'train_tokens': train_tokens,
-            'val_tokens': tokens - train_tokens,
-            'train_sha256': fingerprint(train), 'val_sha256': fingerprint(val)}
+            'characters': characters, 'train_tokens': start, 'val_tokens': N - start}
 
 
-def prepare(paths, config):
-    """Write data/<name>, from a corpus by name or from texts: all or nothing. Raises UserError."""
+def write_data(folder, documents, meta, sha256):
+    """Write a data set to a hidden folder, which then becomes `folder`: all or nothing. Returns its
+    meta.json. Raises UserError, as where the text has another sha256 than is known of it."""
+    data_dir = os.path.dirname(folder)
+    try:
+        os.makedirs(data_dir, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix='.', dir=data_dir) as hidden:
+            whole = os.path.join(hidden, 'whole')
+            os.mkdir(whole)
+            meta |= write_tokens(whole, documents, tokenizer_from(meta, data_dir))
+            if sha256 not in (None, meta['sha256']):
+                raise UserError(f'{folder}: expected sha256 {sha256}, got {meta["sha256"]}')
+            write_text(os.path.join(whole, 'meta.json'), json.dumps(meta, indent=1))
+            os.replace(whole, folder)
+    except (OSError, OverflowError) as error:            # array('H') holds no token above 65,535
+        raise UserError(f'{folder}: expected to write it, got "{error}"; nothing is kept') from None
+    return meta
+
+
+def place_and_source(paths, config):
+    """The folder to write, and what meta.json calls the source of the text. Raises UserError."""
     first, *more = paths
     if more and {*paths} & {*NAMED}:
         raise UserError(f'expected one corpus alone, got {paths!r:.80}')
@@ -250,42 +260,31 @@ def prepare(paths, config):
         raise UserError(f'expected a --name= for several files, got {paths!r:.80}')
     stem = os.path.splitext(os.path.basename(os.path.abspath(first)))[0]
     name = config.name or (stem if config.tokenizer == 'char' else f'{stem}_gpt2')
-    folder = os.path.join(config.data_dir, name)
     source = config.hub if first == 'openwebtext' else first
     source += f' and {len(more)} more' if more else ''
     source += f', at most {config.max_docs:,} documents' if config.max_docs else ''
-    if os.path.exists(folder):
-        got = 'one without a meta.json'
-        if os.path.exists(os.path.join(folder, 'meta.json')):
-            meta = load_meta(folder)
-            got = f'one of {meta.get("source")} as {meta.get("tokenizer")}'
-        if first in NAMED and got == f'one of {source} as {config.tokenizer}':
-            print(f'{folder} is there already; remove it to prepare it anew')
-            return
-        raise UserError(f'{folder}: expected a new folder, got {got}; remove it or choose another '
-                        '--name=')
+    return os.path.join(config.data_dir, name), source
 
-    places = paths if first in NAMED else files_at(paths)
-    documents = itertools.islice(filter(None, documents_of(places, config.hub)), config.max_docs)
+
+def prepare(paths, config):
+    """Write data/<name>, from a corpus by name or from texts. Raises UserError."""
+    folder, source = place_and_source(paths, config)
+    is_named = paths[0] in NAMED
+    if os.path.exists(folder):
+        meta = load_meta(folder)
+        of = meta.get('source'), meta.get('tokenizer')
+        if not is_named or of != (source, config.tokenizer):       # a file may have changed
+            raise UserError(f'{folder}: expected a new folder, got one of {of[0]} as {of[1]}; '
+                            'remove it or choose another --name=')
+        print(f'{folder} is there already; remove it to prepare it anew')
+        return
+    documents = documents_of(paths if is_named else files_at(paths), config.hub)
+    documents = itertools.islice(filter(None, documents), config.max_docs)
     meta = {'source': source, 'tokenizer': config.tokenizer, 'vocabulary': None}
     if config.tokenizer == 'char':       # its vocabulary is known only when all is read
         documents = ['\n'.join(documents)]
         meta['vocabulary'] = ''.join(sorted(set(documents[0])))
-    prefix = os.path.join(config.data_dir, f'.{name}.')
-    hidden = prefix + os.urandom(4).hex()                # becomes data/<name> when it is whole
-    try:
-        for leftover in glob.glob(glob.escape(prefix) + 8 * '[0-9a-f]'):     # of a killed run
-            shutil.rmtree(leftover, ignore_errors=True)
-        os.makedirs(hidden)
-        meta |= write_tokens(hidden, documents, tokenizer_from(meta, config.data_dir))
-        if first in CORPORA and meta['sha256'] != SHA256[first]:
-            raise UserError(f'{first}: expected sha256 {SHA256[first]}, got {meta["sha256"]}')
-        write_text(os.path.join(hidden, 'meta.json'), json.dumps(meta, indent=1))
-        os.replace(hidden, folder)       # fails where another process has written it meanwhile
-    except (OSError, OverflowError) as error:
-        raise UserError(f'{folder}: expected to write it, got "{error}"; nothing is kept') from None
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)        # it is still there if something failed
+    meta = write_data(folder, documents, meta, SHA256.get(paths[0]))
     print(f'{folder}: {meta["characters"]:,} characters, vocabulary {meta["vocab_size"]:,}, '
           f'{meta["train_tokens"]:,} training tokens, {meta["val_tokens"]:,} for validation')
 

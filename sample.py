@@ -13,12 +13,13 @@ as at the end of train.py.
     python sample.py out/quick_start
 """
 
-import contextlib
+import glob
+import inspect
 import json
 import math
 import os
-import re
 import statistics
+import sys
 from dataclasses import dataclass, fields
 from html import escape
 from typing import NamedTuple
@@ -26,10 +27,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from configurator import (UserError, choose_device, expect, parse, read_text, replacing, run,
-                          write_text)
+from configurator import (UserError, choose_device, expect, expecting, hash_of, is_run_name,
+                          last_of, parse, read_text, replacing, run, write_text)
 from model import GPT, GPTConfig
-from prepare_data import tokenizer_from
+from prepare_data import CLASSES, tokenizer_from
 
 
 @dataclass
@@ -60,85 +61,31 @@ class SampleConfig:
 # -----------------------------------------------------------------------------
 # Part 1: a run's files, and its model
 
-def load_checkpoint(path, device, mmap=False):
-    """What train.py has saved as ckpt.pt or best.pt. Nothing in the file can run code. mmap: read
-    from the disk only what is looked at. Raises UserError."""
-    if not os.path.exists(path):
-        raise UserError(f'expected a checkpoint, got no file {path}; train one with train.py')
-    type_of = {'model': dict, 'meta': dict, 'recipe': dict}        # what both files hold
-    if os.path.basename(path) != 'best.pt':
-        type_of |= {'optimizer': dict, 'scaler': dict, 'iter': int, 'seconds': float, 'log': list}
-    with contextlib.suppress(Exception):                           # a file is damaged in many ways
-        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-        if (all(isinstance(checkpoint[key], type_of[key]) for key in type_of)
-                and all(isinstance(entry['iter'], int) and math.isfinite(entry['val_loss'])
-                        for entry in checkpoint.get('log', ()))):
-            return checkpoint
-    raise UserError(f'{path}: expected a checkpoint of this train.py, got a damaged or foreign '
-                    'file; --name= trains anew, beside it')
-
-
-def load_states(checkpoint, path, **parts):
-    """Give the model, and maybe optimizer and scaler, the state that is in the checkpoint."""
-    for name, part in parts.items():
-        try:
-            part.load_state_dict(checkpoint[name])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f'{path}: expected the {name} of a run with these keys and this '
-                            'model.py, got another; train anew with --name=') from None
-
-
 def load_model(folder, device):
-    """The best model of the run in folder, its tokenizer's meta, and the dtype it trained in."""
+    """The best model of the run in folder, its tokenizer's meta, and the dtype it trained in. Tells
+    where model.py is another than the one that it was trained with. Raises UserError."""
     path = os.path.join(folder, 'best.pt')
-    checkpoint = load_checkpoint(path, device)
-    recipe, meta = checkpoint['recipe'], checkpoint['meta']
-    keys = {field.name for field in fields(GPTConfig)}
-    try:
-        model = GPT(GPTConfig(**{key: recipe[key] for key in keys & recipe.keys()}))
-        dtype = getattr(torch, recipe['dtype'])
-        if meta['tokenizer'] != 'gpt2' and not isinstance(meta['vocabulary'], str):
-            raise ValueError('a tokenizer without a vocabulary')
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f'{path}: expected a model of this model.py, got {error!r:.80}') from None
-    load_states(checkpoint, path, model=model)
-    return model.eval().to(device), meta, dtype
+    with expecting(f'{path}: expected a model of this train.py and model.py'):
+        saved = torch.load(path, map_location=device, weights_only=True)       # runs no code
+        recipe = saved['recipe']
+        keys = {field.name for field in fields(GPTConfig)} & recipe.keys()
+        model = GPT(GPTConfig(**{key: recipe[key] for key in keys}))
+        model.load_state_dict(saved['model'])
+    if last_of(recipe.get('model.py')) != hash_of(inspect.getsourcefile(GPT)):
+        print(f'{folder}: trained with another model.py than this, which may compute other things',
+              file=sys.stderr)
+    return model.eval().to(device), saved['meta'], getattr(torch, recipe['dtype'])
 
 
 def read_log(folder):
-    """The evaluations of a run, oldest first. Raises UserError for a damaged log.jsonl."""
+    """The evaluations of a run, oldest first. Raises UserError."""
     path = os.path.join(folder, 'log.jsonl')
-    try:
-        log = [json.loads(line) for line in read_text(path).splitlines()]
-        if not all(math.isfinite(entry['val_loss']) for entry in log):
-            raise ValueError('a loss that is not finite')
-        return log
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f'{path}: expected a line for each evaluation, got {error!r:.60}') from None
-
-
-def is_run_name(name):
-    """Whether a run can be called so. Its name is that of a folder in out_dir; of a row in tables,
-    where | ends a cell and (...) says what differs; and of a line in matplotlib's legend, where $
-    begins mathematics and a first _ hides it."""
-    return (isinstance(name, str) and re.fullmatch(r'(?!_)\w[\w .,=+%-]*', name) is not None
-            and not name.endswith((' ', '.', '.jsonl', '.png')))
+    with expecting(f'{path}: expected a line for each evaluation'):
+        return [json.loads(line) for line in read_text(path).splitlines()]
 
 
 # -----------------------------------------------------------------------------
 # Part 2: which expert took which token
-
-CLASSES = ('letters', 'capitals', 'spaces', 'line ends', 'other')  # of characters
-
-
-def class_of(character):
-    """The place in CLASSES of a character; digits and punctuation are others."""
-    if character.isalpha():
-        return CLASSES.index('capitals' if character.isupper() else 'letters')
-    if character in '\r\n':
-        return CLASSES.index('line ends')
-    return CLASSES.index('spaces' if character.isspace() else 'other')
-
 
 # a colour for each of eight experts, on which black letters can be read
 PALETTE = ['#77AADD', '#EE8866', '#EEDD88', '#FFAABB', '#DDDDDD', '#44BB99', '#BBCC33', '#BB99DD']
@@ -195,7 +142,7 @@ def stand_outs(evaluation):
 PAGE_HEAD = f"""<!doctype html><meta charset="utf-8"><title>Which expert took which token?</title>
 <style>
   body {{ max-width: 50em; margin: auto; font-family: sans-serif }}
-  pre {{ white-space: pre-wrap; line-height: 1.6 }}
+  pre {{ white-space: break-spaces; line-height: 1.6 }}
 </style>
 <p>A token's colour is that of its first expert, which has the largest weight. Point at a token for
 the scores of all experts, and the weights of those that handle it. {LINE_END} is a line end.</p>
@@ -224,153 +171,146 @@ def experts_page(texts, scores, weights, notes):
 
 
 # -----------------------------------------------------------------------------
-# Part 3: results. A result is a dict of what a run has come to: what it is called and what shaped
-# it (config.json) and its last evaluation (log.jsonl); a line of results.jsonl is one, too.
+# Part 3: results. A result is a dict: what a run is and what shaped it (its config.json), its last
+# evaluation, its lowest validation loss and its whole log (of log.jsonl).
 
 def read_result(folder):
-    """The result of the run in folder, with its whole log and its lowest validation loss. Raises
-    many kinds of Exception where there is none."""
+    """The result of the run in folder. Raises many kinds of Exception where there is none."""
     log = read_log(folder)
+    if not log:
+        raise ValueError('it stopped before its first evaluation')
     result = json.loads(read_text(os.path.join(folder, 'config.json')))
-    lowest = min(evaluation['val_loss'] for evaluation in log)
-    return checked({**result, 'lowest_val_loss': lowest, **log[-1], 'log': log, 'from': folder})
+    lowest = min(entry['val_loss'] for entry in log)
+    return checked({**result, 'lowest_val_loss': lowest, **log[-1], 'log': log})
 
 
 def checked(result):
-    """result, if all is in it that tables need. Raises KeyError, TypeError or ValueError if not."""
-    for key in ('iter', 'tokens', 'seconds', 'val_loss', 'lowest_val_loss'):
-        if not math.isfinite(result[key]):
-            raise ValueError(f'{key} = {result[key]}')
-    if not is_run_name(result['run']):
-        raise ValueError(f'a run called {result["run"]!r:.30}')
-    if not (isinstance(result['seed'], int) and result['recipe']['mlp']
-            and all(map(math.isfinite, result['ent_load']))):
+    """result, if it has what tables need. Raises many kinds of Exception if not."""
+    numbers = [result[key] for key in ('iter', 'tokens', 'seconds', 'val_loss', 'lowest_val_loss')]
+    if not (all(map(math.isfinite, numbers + result['ent_load'])) and is_run_name(result['run'])
+            and isinstance(result['seed'], int) and isinstance(result['recipe'], dict)):
         raise ValueError('no result')
-    variant_of({0: result})              # raises KeyError where its recipe lacks a key
     return result
 
 
-def read_results(out_dir, tell=print):
+def read_results(out_dir):
     """The results of all runs in out_dir, without those that can't be read, which it tells. Raises
     UserError where there are none."""
     results = []
     for name in sorted(os.listdir(out_dir)) if os.path.isdir(out_dir) else ():
         folder = os.path.join(out_dir, name)
-        try:
-            if os.path.exists(os.path.join(folder, 'log.jsonl')):
+        # a run writes log.jsonl, then config.json: it has not begun where one is missing
+        if all(os.path.exists(os.path.join(folder, file)) for file in ('log.jsonl', 'config.json')):
+            try:
                 results.append(read_result(folder))
-        except Exception as error:       # files can be damaged in many ways
-            tell(f'{folder!r} is left out: {error!r:.90}')
+            except Exception as error:   # files can be damaged in many ways
+                print(f'{folder!r} is left out: {error!r:.90}')
     if not results:
-        raise UserError(f'expected a folder that holds runs, got none in {out_dir}')
+        inner = sorted({os.path.dirname(os.path.dirname(path))
+                        for path in glob.glob(f'{glob.escape(out_dir)}/*/*/log.jsonl')})
+        raise UserError(f'expected a folder that holds runs, got none in {out_dir}; '
+                        f'there are some in {", ".join(inner) or "no folder in it, either"}')
     return results
 
 
 def group(results):
     """Run -> {seed: result}. Results are seeds of one run where name, recipe (but for the seed) and
-    iteration are equal. Where runs of one name differ in their recipes, the label says in what. It
-    also says how far a run is where others are further, and where a run has diverged:
+    iteration are equal. Where runs of one name differ in these, or others are further, the name
+    says in what:
 
         two called aoe, with top_k 1 and 2, the second stopped at iteration 10
-        ->  {'aoe (top_k 1)': {1: ..., 2: ...}, 'aoe (top_k 2, to 10)': {1: ...}}
-
-    Equal results of one seed count once. Raises UserError for different ones."""
-    groups, furthest = [], max(result['iter'] for result in results)   # groups: (shape, seeds)
+        ->  {'aoe (top_k 1)': {1: ..., 2: ...}, 'aoe (iter 10, top_k 2)': {1: ...}}
+    """
+    groups = []                          # (name, what its results have in common, {seed: result})
     for result in results:
         end = 'diverged' if 'diverged' in result else 'iter'
-        shape = result['recipe'] | {'seed': None, 'run': result['run'], end: result[end]}
-        shape = {key: value for key, value in shape.items() if value is not None or key == end}
-        seeds = next((seeds for other, seeds in groups if other == shape), None)
+        common = result['recipe'] | {'seed': None, end: result[end]}
+        common = {key: value for key, value in common.items() if value is not None}
+        seeds = next((seeds for name, other, seeds in groups
+                      if name == result['run'] and other == common), None)
         if seeds is None:
-            groups.append((shape, seeds := {}))
-        twin = seeds.setdefault(result['seed'], result)
-        if any(twin[key] != result[key] for key in ('val_loss', 'lowest_val_loss')):
-            raise UserError(f'{result["from"]}: expected what {twin["from"]} has, which is the same'
-                            f' run {result["run"]!r} with the same seed, got another loss; '
-                            'remove one of the two')
-    runs = {}
-    for shape, seeds in groups:
-        others = [other for other, _ in groups if other['run'] == shape['run']]
-        notes = [f'{key} {shape.get(key)}'
-                 for key in sorted(set().union(*others) - {'iter', 'diverged'})
-                 if any(other.get(key) != shape.get(key) for other in others)]
-        if 'diverged' in shape:
-            notes.append(f'diverged at {shape["diverged"]}')
-        elif shape['iter'] < furthest:
-            notes.append(f'to {shape["iter"]}')
-        runs[shape['run'] + (f' ({", ".join(notes)})' if notes else '')] = seeds
-    return runs
+            groups.append((result['run'], common, seeds := {}))
+        seeds[result['seed']] = result
+    furthest = max(result['iter'] for result in results)
+
+    def label(name, common):
+        keys = differing([other for twin, other, _ in groups if twin == name])
+        keys -= {'iter', 'diverged'}
+        if 'diverged' in common or common['iter'] < furthest:
+            keys |= {'iter', 'diverged'} & {*common}
+        notes = [f'{key} {common.get(key)}' for key in sorted(keys)]
+        return f'{name} ({", ".join(notes)})' if notes else name
+    return {label(name, common): seeds for name, common, seeds in groups}
+
+
+def differing(recipes):
+    """The keys that do not have the same value in all recipes."""
+    return {key for key in set().union(*recipes)
+            if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)}
+
+
+def first_of(seeds):
+    """A result of a run, for what all its seeds share."""
+    return next(iter(seeds.values()))
 
 
 # the comparison of runs, seed by seed
 
-# a run and what it is compared with must agree in these: the tokens that they trained on and the
-# windows in which they were evaluated
-AGREE = {'sha256', 'train_tokens', 'val_tokens', 'block_size', 'batch_size', 'eval_iters',
-         'gradient_accumulation_steps'}
-RATES = {'learning_rate', 'min_lr'}      # these are told, too, but count least: see differences
-# what makes a variant may differ without a word; what else differs is told
-OF_VARIANT = {'mlp', 'factorised', 'router', 'router_std', 'd_low', 'd_judge', 'seed'}
+# two runs can be compared if they agree in these: the tokens that they trained on, and the windows
+# in which they were evaluated
+AGREE = ('sha256', 'train_tokens', 'val_tokens', 'block_size', 'batch_size', 'eval_iters',
+         'gradient_accumulation_steps')
+# these make one MLP another, so they may differ without a word; what else differs is told
+OF_THE_MLP = {'mlp', 'factorised', 'router', 'router_std', 'd_low', 'd_judge', 'seed'}
+RATES = {'learning_rate', 'min_lr'}      # of several bases they are the last to decide
 
 
 class Difference(NamedTuple):
-    base: str                # the run that is subtracted
-    differ: set              # the keys of the recipe that differ, besides those of the variant
-    minus: dict              # seed -> loss minus that of the base
+    """What a run's losses are above those of another, its base."""
+    base: str                # the base
+    differ: list             # the keys of the recipe that differ, besides those of the MLP
+    minus: dict              # seed -> loss minus that of the base with the same seed
     base_loss: float         # the mean loss of the base on these seeds
+    left_out: list           # the seeds that only one of the two has
 
 
-def variant_of(seeds):
-    """What a run is by its recipe, such as 'moe', 'moe wide', 'aoe_whole' or 'aoe narrow'. seeds:
-    its {seed: result}."""
-    recipe = next(iter(seeds.values()))['recipe']
-    moe, aoe, factorised = recipe['mlp'] == 'moe', recipe['mlp'] == 'aoe', recipe['factorised']
-    std = recipe.get('router_std')
-    std = 0.02 if std is None else std                             # of older results
-    narrow = aoe and factorised and (recipe.get('d_judge') or math.inf) < recipe['d_low']
-    parts = {'_whole': aoe and not factorised, ' narrow': narrow, ' factorised': moe and factorised,
-             f' {recipe["router"]}': moe and recipe['router'] != 'linear',
-             ' wide': moe and std > 0.02, ' flat': moe and std < 0.02}
-    return recipe['mlp'] + ''.join(part for part, there in parts.items() if there)
+def is_plain_moe(recipe):
+    """Whether a run is the paper's MoE: whole gates, a linear router, small first weights."""
+    return (recipe['mlp'] == 'moe' and not recipe.get('factorised')
+            and recipe.get('router') in (None, 'linear')
+            and recipe.get('router_std') in (None, GPTConfig.router_std))
 
 
-def of_variant(runs, variant):
-    """The names of the runs that are this variant."""
-    return [name for name, seeds in runs.items() if variant_of(seeds) == variant]
+def minus(seeds, base, base_seeds, loss):
+    """The Difference of a run from the one called base, by their {seed: result}; None where the two
+    can't be compared."""
+    one, other = first_of(seeds), first_of(base_seeds)
+    recipe, base_recipe = one['recipe'], other['recipe']
+    common = sorted(seeds.keys() & base_seeds.keys())
+    if (not common or one['iter'] != other['iter'] or 'diverged' in {*one, *other}
+            or any(recipe.get(key) != base_recipe.get(key) for key in AGREE)):
+        return None
+    losses = {seed: base_seeds[seed][loss] for seed in common}
+    return Difference(base, sorted(differing([recipe, base_recipe]) - OF_THE_MLP),
+                      {seed: seeds[seed][loss] - losses[seed] for seed in common},
+                      statistics.mean(losses.values()), sorted(seeds.keys() ^ base_seeds.keys()))
 
 
-def what_differs(one, its):
-    """The keys in which the recipes of two results differ, besides those that make a variant."""
-    recipe, its_recipe = one['recipe'], its['recipe']
-    return {key for key in (recipe | its_recipe).keys() - OF_VARIANT
-            if recipe.get(key) != its_recipe.get(key)}
+def differences(runs, base='moe', loss='lowest_val_loss'):
+    """Run -> its Difference from the run called base, on the seeds that both have; for 'moe' from a
+    plain moe, whatever it is called. Of several each run is compared with the one that differs
+    least: an aoe with one expert with the moe with one."""
+    bases = [name for name, seeds in runs.items()
+             if (is_plain_moe(first_of(seeds)['recipe']) if base == 'moe'
+                 else name == base or name.startswith(f'{base} ('))]
 
-
-def comparable(one, its):
-    """Whether the losses of two results of one seed can be compared."""
-    return (one['tokens'] == its['tokens'] and one['iter'] == its['iter']
-            and 'diverged' not in one and 'diverged' not in its
-            and all(one['recipe'].get(key) == its['recipe'].get(key) for key in AGREE))
-
-
-def differences(runs, bases, loss='lowest_val_loss'):
-    """Run -> its Difference from that of bases (names of runs) with which it can be compared, and
-    has seeds in common; among several it is the one that differs least, rates aside."""
+    def unlikeness(difference):          # rates last
+        return len({*difference.differ} - RATES), len(difference.differ)
     found = {}
     for name, seeds in runs.items():
-        candidates = []
-        for other in bases if name not in bases else ():
-            others = runs[other]
-            common = sorted(seeds.keys() & others.keys())
-            # all seeds have one recipe, so the first tells
-            if common and comparable(seeds[common[0]], others[common[0]]):
-                differ = what_differs(seeds[common[0]], others[common[0]])
-                minus = {seed: seeds[seed][loss] - others[seed][loss] for seed in common}
-                base_loss = statistics.mean(others[seed][loss] for seed in common)
-                candidates.append(Difference(other, differ, minus, base_loss))
-        if candidates:
-            found[name] = min(candidates, key=lambda difference: (
-                len(difference.differ - RATES), len(difference.differ)))
+        candidates = [minus(seeds, other, runs[other], loss) for other in bases]
+        if name not in bases and any(candidates):
+            found[name] = min(filter(None, candidates), key=unlikeness)
     return found
 
 
@@ -389,13 +329,13 @@ def half_interval(values):
     if n < 2:
         return math.inf
     angle, within = student(n)
-    t = math.sqrt(n - 1) * math.tan(np.interp(0.95, within, angle))
+    t = math.sqrt(n - 1) * math.tan(np.interp(0.95, within, angle))   # 12.7 for n = 2, 2.1 for 24
     return t * statistics.stdev(values) / math.sqrt(n)
 
 
-def interval(difference, unit=1):
-    """The mean of a Difference and half its 95 % interval, in units."""
-    values = [minus / unit for minus in difference.minus.values()]
+def interval(difference):
+    """The mean of a Difference and half its 95 % interval, in nats per token."""
+    values = list(difference.minus.values())
     return statistics.mean(values), half_interval(values)
 
 
@@ -410,9 +350,14 @@ def difference_as_text(difference):
 
 
 def notes_of(found):
-    """What is to be said below a table of Differences: in what else the two differ."""
-    return [f'{name} differs from {difference.base} in {", ".join(sorted(difference.differ))}, too'
-            for name, difference in found.items() if difference.differ]
+    """What is to be said below a table of Differences, in lines: in what else, and on how many
+    seeds, two runs are compared."""
+    for name, difference in found.items():
+        if difference.differ:
+            yield f'{name} differs from {difference.base} in {", ".join(difference.differ)}, too'
+        if difference.left_out:
+            seeds = ', '.join(map(str, difference.minus))
+            yield f'{name} minus {difference.base}: over the seeds {seeds} alone'
 
 
 # the table
@@ -441,62 +386,31 @@ def print_table(results, out_dir):
     and the difference from moe, seed by seed, with what else differs between the two."""
     runs = group(results)
     several = any(len(seeds) > 1 for seeds in runs.values())
-    found = differences(runs, of_variant(runs, 'moe')) if several else {}
-    table = [('run', 'parameters', 'val loss', *(['minus moe'] if found else []), 'Ent_load',
-              'tokens/s')]
+    found = differences(runs) if several else {}
+    rows = [['run', 'parameters', 'val loss', 'minus moe', 'Ent_load', 'tokens/s']]
     for name, seeds in runs.items():
-        of_seeds = list(seeds.values())
-        loss = 'diverged' if 'diverged' in of_seeds[0] else mean_and_spread(losses_of(seeds))
-        ent_load = [layer for result in of_seeds for layer in result['ent_load']]
-        speeds = [result['tokens'] / result['seconds'] for result in of_seeds if result['tokens']]
-        table.append((name, f'{of_seeds[0]["total_parameters"]:,}', loss,
-                      *([difference_as_text(found.get(name))] if found else []),
-                      f'{statistics.mean(ent_load):.3f}' if ent_load else '-',
-                      f'{statistics.median(speeds):,.0f}' if speeds else '-'))
+        first = first_of(seeds)
+        ent_load = [layer for result in seeds.values() for layer in result['ent_load']]
+        speeds = [result['tokens'] / result['seconds'] for result in seeds.values()
+                  if result['tokens']]
+        rows.append([name, f'{first["total_parameters"]:,}',
+                     'diverged' if 'diverged' in first else mean_and_spread(losses_of(seeds)),
+                     difference_as_text(found.get(name)),
+                     f'{statistics.mean(ent_load):.3f}' if ent_load else '-',
+                     f'{statistics.median(speeds):,.0f}' if speeds else '-'])
     print()
-    print_rows(table)
+    print_rows(rows if found else [row[:3] + row[4:] for row in rows])
     print(f'\nval loss: the lowest; Ent_load: ln E where all is even; pictures in {out_dir}')
-    print_notes(runs, found)
-
-
-def print_notes(runs, found):
-    """The lines below print_table's table: of the differences, and of the runs themselves."""
     if found:
         print('minus moe: mean and 95 % interval over the seeds; **bold** if it excludes 0',
               *notes_of(found), sep='\n')
-    for name, difference in found.items():                         # which seeds both have
-        if len(difference.minus) < max(len(runs[name]), len(runs[difference.base])):
-            seeds = ', '.join(map(str, difference.minus))
-            print(f'{name}: minus moe over the seeds {seeds} alone')
-    first, *others = (next(iter(seeds.values())) for seeds in runs.values())
-    if differ := set().union(*(what_differs(first, other) for other in others)):
+    recipes = [first_of(seeds)['recipe'] for seeds in runs.values()]
+    if differ := differing(recipes) - OF_THE_MLP:
         print(f'these runs differ in {", ".join(sorted(differ))}')
     for name, seeds in runs.items():
         last = statistics.mean(losses_of(seeds, 'val_loss'))
-        if last > 1.02 * statistics.mean(losses_of(seeds)):        # its lowest
+        if last > 1.02 * statistics.mean(losses_of(seeds)):
             print(f'{name} ended at {last:.4f}, above its lowest')
-
-
-def write_results(results, out_dir):
-    """Write results.jsonl: a line for each result. It keeps the lines of runs whose folders are
-    gone, hold another run now, or went on with other code. So an experiment may run in blocks."""
-    path = os.path.join(out_dir, 'results.jsonl')
-    lines = [{key: value for key, value in result.items()
-              if key not in ('log', 'class_load', 'from')} for result in results]
-    kept = []
-    for line in read_text(path).splitlines() if os.path.exists(path) else ():
-        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):     # not ours
-            old = json.loads(line)
-            if any(all(old[key] == result[key] for key in ('run', 'seed', 'recipe'))
-                   and old['iter'] <= result['iter'] for result in results):
-                continue                 # it is present
-        kept.append(line + '\n')
-    write_text(path, ''.join(kept) + as_lines(lines))
-
-
-def as_lines(entries):
-    """The text of a .jsonl."""
-    return ''.join(json.dumps(entry, allow_nan=False) + '\n' for entry in entries)
 
 
 # pictures; matplotlib is slow to import, so it is imported where a figure is made
@@ -516,7 +430,7 @@ def save_figure(figure, path):
         figure.savefig(part, format='png', dpi=100)
 
 
-def draw(results, out_dir, files, tell=print):
+def draw(results, out_dir, files):
     """Draw these files of PICTURES, of all results. What hinders is told in a line."""
     for file in files:
         try:
@@ -525,7 +439,7 @@ def draw(results, out_dir, files, tell=print):
             if figure:
                 save_figure(figure, os.path.join(out_dir, file))
         except Exception as error:       # a picture is never worth a run
-            tell(f'{file} is not drawn: {error!s:.150}')
+            print(f'{file} is not drawn: {error!s:.150}')
 
 
 def draw_loss(runs, color):
@@ -559,7 +473,7 @@ def draw_panels(runs, key, label, draw_panel):
     """A row for each run that has logged `key` (its first seed), in it a panel for each layer, by
     draw_panel(axes, name, log, layer). None where no run has."""
     from matplotlib.figure import Figure
-    first = {name: next(iter(seeds.values()))['log'] for name, seeds in runs.items()}
+    first = {name: first_of(seeds)['log'] for name, seeds in runs.items()}
     logs = {name: log for name, log in first.items() if any(log[-1][key])}
     if not logs:
         return None
@@ -619,8 +533,8 @@ def main(arguments):
     given, folders = parse(SampleConfig, arguments, __doc__)
     config = SampleConfig(**given)
     if len(folders) != 1:
-        raise UserError('expected the folder of a run, as out/default/aoe, or of several, as '
-                        f'out/default, got {len(folders)}')
+        raise UserError(f'expected one folder, got {len(folders)}: of a run, as python sample.py '
+                        'out/quick_start/aoe, or of several, as python sample.py out/quick_start')
     if os.path.exists(os.path.join(folders[0], 'best.pt')):
         write_samples(folders[0], config)
     else:
@@ -630,16 +544,16 @@ def main(arguments):
 def show_results(out_dir):
     """Draw and print what the runs in out_dir have come to."""
     results = read_results(out_dir)
-    draw(results, out_dir, PICTURES)
     print_table(results, out_dir)
-    write_results(results, out_dir)
+    draw(results, out_dir, PICTURES)
 
 
 def write_samples(folder, config):
     """Print texts that the model of the run in folder writes; maybe coloured by their experts."""
     device = choose_device(config.device)
     model, meta, dtype = load_model(folder, device)
-    tokenizer = tokenizer_from(meta, config.data_dir)
+    with expecting(f'{folder}/best.pt: expected a tokenizer of prepare_data.py in it'):
+        tokenizer = tokenizer_from(meta, config.data_dir)
     mlp, n_layer = model.config.mlp, model.config.n_layer
     if config.show_experts and (mlp == 'dense' or config.layer > n_layer):
         raise UserError('show_experts: expected a model with experts and a --layer of at most '

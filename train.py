@@ -5,31 +5,34 @@ variants compare.
     python train.py config/quick_start.py             # four runs, side by side
     python train.py config/quick_start.py --mlp=moe --max_iters=500 --out_dir=out/short
     python train.py config/small.py --mlp=moe,aoe --seeds=1,2,3 --out_dir=out/mine
-    python train.py config/quick_start.py --init_from=resume   # go on
     torchrun --nproc_per_node=8 train.py config/openwebtext.py   # eight GPUs
 
-Each run writes <out_dir>/<run>/config.json, log.jsonl (a line per evaluation), ckpt.pt (to resume
-from) and best.pt (the lowest validation loss). In <out_dir> are pictures of all runs found there:
-loss.png, drawn after each evaluation, and expert_load, norm and expert_class at the end. The table
-of the end has with --seeds= a column `minus moe`. results.jsonl has a line for each run and seed.
+Ctrl-C stops and saves; the same command goes on, and where all is done it prints the table again.
+Each run writes <out_dir>/<run>/config.json, log.jsonl (a line per evaluation), ckpt.pt (to go on
+from) and best.pt (the lowest validation loss). At the end sample.py draws all runs of <out_dir> and
+prints their table, which has a column `minus moe` where runs have seeds.
+
+Three parts, to be read in this order:
+
+    1. one run         its keys, its data, what is measured, the loop
+    2. its files       what shaped it; saving, and going on
+    3. several runs    from keys to runs; side by side on the cores of a CPU; main
 """
 
-import ast
-import functools
-import hashlib
+import contextlib
 import inspect
 import json
 import math
-import multiprocessing
 import os
-import re
 import shlex
 import signal
 import statistics
+import subprocess
 import sys
+import threading
 import time
-from dataclasses import dataclass
-from multiprocessing.connection import wait
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 from typing import Literal
 
@@ -40,20 +43,18 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import configurator
-from configurator import (RANK, WORLD_SIZE, UserError, choose_device, expect, fast_dtype,
-                          keep_freed_memory, parse, processor_name, read_config_file, read_text,
-                          replacing, typed, usable_cores, write_text)
+import sample
+from configurator import (RANK, WORLD_SIZE, UserError, as_lines, expect, expecting, hash_of,
+                          is_run_name, last_of, replacing, write_text)
 from model import GPT, GPTConfig, size_against_moe
-from prepare_data import fingerprint, load_meta
-from sample import (CLASSES, as_lines, class_of, draw, is_run_name, load_checkpoint, load_states,
-                    read_results, show_results)
+from prepare_data import CLASSES, class_of, load_meta
 
 # torchrun starts WORLD_SIZE processes of this script. They share the batches of an iteration, and
 # their gradients are averaged; the one with RANK 0 evaluates, saves, draws and prints.
 
 
 # -----------------------------------------------------------------------------
-# the configuration
+# Part 1: one run
 
 @dataclass
 class TrainConfig(GPTConfig):
@@ -66,7 +67,7 @@ class TrainConfig(GPTConfig):
     min_lr: float | None = None          # the lowest; None: a tenth of learning_rate
     warmup_iters: int = 100              # iterations of linear warm-up
     lr_decay_iters: int | None = None    # where the cosine reaches min_lr; None: at max_iters
-    weight_decay: float = 0.1            # of matrices
+    weight_decay: float = 0.1            # AdamW's, for matrices alone
     beta1: float = 0.9                   # how slowly AdamW's average of gradients decays
     beta2: float = 0.95                  # and its average of their squares
     grad_clip: float = 1.0               # largest norm of all gradients together; 0: no limit
@@ -76,14 +77,13 @@ class TrainConfig(GPTConfig):
     eval_interval: int = 250             # iterations between evaluations
     eval_iters: int = 50                 # batches in an evaluation, the same every time
     eval_only: bool = False              # evaluate the checkpoint that is there and write nothing
-    log_interval: int = 10               # iterations between checks that all weights are finite
+    log_interval: int = 10               # iterations between looks at the loss: is it finite?
     # data
     dataset: str = 'shakespeare'         # the folder of data_dir to train on
     data_dir: str = 'data'               # where prepare_data.py wrote it
     # runs
     out_dir: str = 'out/default'         # each run writes to a folder of its own in here
     name: str | None = None              # of the run, and of its folder; None: its mlp
-    init_from: Literal['scratch', 'resume', 'auto'] = 'scratch'   # auto: resume, if there is one
     runs: dict | None = None             # run name -> the keys in which it differs
     seeds: tuple | None = None           # train every run with each of these seeds
     jobs: int | None = None              # runs trained side by side; None: CPU, a core each; GPU, 1
@@ -93,7 +93,10 @@ class TrainConfig(GPTConfig):
     compile: bool = False                # torch.compile: 20 seconds at the start of each run
 
     def __post_init__(self):
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:      # model.py knows no UserError
+            raise UserError(str(error)) from None
         if self.min_lr is None:
             self.min_lr = self.learning_rate / 10
         if self.name is None:
@@ -107,6 +110,8 @@ class TrainConfig(GPTConfig):
                'which share them', lambda n: n % WORLD_SIZE == 0)
         expect(self, 'threads', f'at most the {os.cpu_count()} cores of this machine',
                lambda n: n <= os.cpu_count())
+        expect(self, 'min_lr', f'at most the learning_rate, {self.learning_rate:g}',
+               lambda rate: rate <= self.learning_rate)
         expect(self, ('beta1', 'beta2'), 'at least 0 and below 1', lambda beta: 0 <= beta < 1)
         expect(self, ('out_dir', 'data_dir', 'dataset'), 'the name of a folder',
                lambda name: name and name.isprintable())
@@ -126,67 +131,7 @@ class TrainConfig(GPTConfig):
         return self.gradient_accumulation_steps * self.batch_size * self.block_size
 
 
-def plan_runs(from_file, from_line):
-    """The TrainConfigs that the keys of a config file and of the command line ask for:
-
-        {'mlp': 'aoe,moe'}                                                     ->  aoe moe
-        {'runs': {'a': {'mlp': 'aoe'}, 'm': {'mlp': 'moe'}}, 'seeds': (1, 2)}  ->  a-1 m-1 a-2 m-2
-
-    The line wins over the file, and --mlp replaces the file's runs. A key that is both on the line
-    and in an entry of `runs` is refused. Raises UserError."""
-    given = from_file | from_line
-    runs, the_name = given.pop('runs', None), given.pop('name', None)
-    seeds = given.get('seeds')           # each run keeps this key: its folder is called by its seed
-    if seeds and 'seed' in given:
-        raise UserError('seed: expected seed or seeds, got both')
-    if {'mlp', 'runs'} <= from_line.keys():
-        raise UserError('mlp: expected mlp or runs, got both')
-    if runs is None or 'mlp' in from_line:
-        names = given.pop('mlp', TrainConfig.mlp).split(',')
-        runs = {name: {'mlp': name} for name in names}
-        if len(runs) < len(names):
-            raise UserError(f'mlp: expected each once, got {",".join(names)}')
-    if not runs or (the_name is not None and len(runs) > 1):
-        raise UserError(f'runs: expected one at least, and one alone with --name, got {len(runs)}')
-    # what no entry of `runs` may have: what all runs share, and what is on the line
-    shared = {'runs', 'name', 'seed', 'seeds', 'out_dir', 'jobs', 'init_from', 'eval_only',
-              'device'} | (from_line.keys() - {'mlp'})
-
-    planned = {}                         # folder -> its run
-    for seed in seeds or [given.get('seed', TrainConfig.seed)]:
-        seed = typed(TrainConfig, 'seed', seed, 'seeds, ')
-        for name, differs in runs.items():
-            where = f'runs, {name}: '
-            if not (isinstance(name, str) and isinstance(differs, dict)):
-                raise UserError(f'{where}expected a name and a dict of keys, got {differs!r}')
-            own = {key: typed(TrainConfig, key, value, where) for key, value in differs.items()}
-            for key in shared & own.keys():
-                raise UserError(f'{where}expected keys of one run, got {key}, which all share')
-            try:
-                called = name if the_name is None else the_name
-                run = TrainConfig(**given | own | {'name': called, 'seed': seed})
-            except ValueError as error:  # GPTConfig's errors are no UserErrors
-                raise UserError(str(error)) from None
-            if run.folder in planned:
-                raise UserError(f'seeds: expected each once, got two runs for {run.folder}')
-            planned[run.folder] = run
-    return list(planned.values())
-
-
-# -----------------------------------------------------------------------------
 # data
-
-@functools.cache
-def checked_meta(folder):
-    """The meta.json of a data set whose files are those that it describes. Raises UserError."""
-    meta = load_meta(folder)
-    for split in ('train', 'val'):
-        path = os.path.join(folder, f'{split}.bin')
-        if not os.path.exists(path) or fingerprint(path) != meta.get(f'{split}_sha256'):
-            raise UserError(f'{path}: expected the tokens that meta.json describes, got others; '
-                            f'remove {folder} and run prepare_data.py again')
-    return meta
-
 
 def random_of(seed, iteration, micro_step):
     """Random numbers that depend on these three alone, so that resuming needs no state of them."""
@@ -198,9 +143,9 @@ class Data:
 
     def __init__(self, config, device):
         folder = os.path.join(config.data_dir, config.dataset)
-        self.config, self.device, self.meta = config, device, checked_meta(folder)
-        self.class_of_token = torch.tensor([class_of(c) for c in self.meta['vocabulary'] or ''],
-                                           device=device)
+        self.config, self.device, self.meta = config, device, load_meta(folder)
+        classes = [class_of(character) for character in self.meta['vocabulary'] or '']
+        self.class_of_token = torch.tensor(classes, device=device)
         self.tokens = {split: np.memmap(os.path.join(folder, f'{split}.bin'), np.uint16, 'r')
                        for split in ('train', 'val')}
 
@@ -219,25 +164,23 @@ class Data:
 
     def eval_batches(self, split):
         """At most eval_iters batches of windows spread evenly over the text, the same for all runs.
-        split: 'train'; 'val'; or 'test', windows of the validation text halfway between those of
-        'val'. They are evaluated once, at the end. A short text has no room for any."""
+        split: 'train', 'val', or 'test', windows of the validation text halfway between those of
+        'val', for one evaluation at the end. A short text has no room for any."""
         size, S = self.config.batch_size, self.config.block_size
         source = 'val' if split == 'test' else split
         tokens = len(self.tokens[source])
         n = min(self.config.eval_iters, math.ceil(tokens / (size * S)))   # once each is enough
         starts = np.linspace(0, tokens - S - 1, n * size, dtype=np.int64)
         if split == 'test':
-            # each has to fit between two windows of 'val', S + 1 tokens long as they are. There is
-            # one such place fewer than windows, hence a batch fewer
-            room = starts[-1] / max(1, n * size - 1) >= 2 * (S + 1)
-            n = n - 1 if room else 0
-            starts = ((starts[:-1] + starts[1:]) // 2)[:n * size]
+            between = (starts[:-1] + starts[1:]) // 2
+            room = len(starts) > 1 and np.diff(starts).min() >= 2 * (S + 1)
+            n = n - 1 if room else 0     # there is one place fewer than windows, so a batch fewer
+            starts = between[:n * size]
         for batch in starts.reshape(n, size):
             yield self.batch(source, batch)
 
 
-# -----------------------------------------------------------------------------
-# evaluation
+# what is measured
 
 def measure(routing, classes, config):
     """What is measured from the Routing of a batch, as tensors to be added up over batches.
@@ -262,9 +205,9 @@ def measure(routing, classes, config):
 
 @torch.no_grad()
 def evaluate(model, data, autocast, splits=('train', 'val')):
-    """Mean cross-entropy (nats per token) on the splits, and on 'val' what the experts did."""
+    """Mean cross-entropy (nats per token) on the splits, and on 'val' what the experts did: an
+    entry of log.jsonl, whose keys are the same for all models."""
     model.eval()
-    # a line of log.jsonl has all of these, so that its readers need not ask
     entry = {'load': [], 'ent_load': [], 'ent_conf': [], 'norm': [], 'class_load': [],
              'experts_per_token': [], 'aux_loss': 0.0}
     measured = []
@@ -280,7 +223,7 @@ def evaluate(model, data, autocast, splits=('train', 'val')):
         if losses:
             entry[f'{split}_loss'] = torch.stack(losses).mean().item()
     model.train()
-    if not measured:                                               # dense
+    if not measured:                                               # the model is dense
         return entry
     total = {key: torch.stack([m[key] for m in measured]).sum(0).cpu() for key in measured[0]}
     load = (total['used'] / total['used'].sum(1, keepdim=True)).nan_to_num()   # (L, E)
@@ -293,8 +236,15 @@ def evaluate(model, data, autocast, splits=('train', 'val')):
     return entry | {key: value.tolist() for key, value in found.items()}
 
 
-# -----------------------------------------------------------------------------
-# training
+# the loop
+
+class RunFailed(UserError):
+    """A run has diverged. The other runs go on."""
+
+
+# signal: the number of the one that asks to stop, 0: none yet; others: processes to be stopped, too
+STOP = SimpleNamespace(signal=0, others=[])
+
 
 def learning_rate_at(iteration, config):
     """Linear warm-up, then half a cosine from learning_rate to min_lr, then min_lr."""
@@ -317,26 +267,58 @@ def make_optimizer(model, config, device):
                              fused=device.type in ('cuda', 'cpu'))
 
 
-class RunFailed(UserError):
-    """A run has diverged, or its process was killed. The other runs go on."""
+@dataclass
+class State:
+    """A run at work: what it needs, then what training changes."""
+    config: TrainConfig
+    device: torch.device
+    data: Data
+    model: GPT
+    forward: torch.nn.Module             # the model; compiled, or shared by processes
+    optimizer: torch.optim.Optimizer
+    autocast: torch.autocast
+    scaler: torch.amp.GradScaler
+    iteration: int = 0
+    seconds: float = 0.0                 # of training, without evaluations
+    log: list = field(default_factory=list)        # its evaluations, as in log.jsonl
+    recipe: dict = field(default_factory=dict)     # what shapes its result: part 2
+    stamp: int | None = None             # when this process has read or written its ckpt.pt
 
 
-def train(config, stop, note):
-    """Train one run, from scratch or from its ckpt.pt, until max_iters, or until stop.value is the
-    number of a signal. Calls note(run, tokens done, loss). Raises UserError, also as RunFailed."""
-    c, state = config, prepare(config)
+def begin(config, device, data):
+    """The State of a new run."""
+    c, dtype = config, getattr(torch, config.dtype)
+    torch.manual_seed(c.seed)
+    model = GPT(c).to(device)
+    forward = torch.compile(model) if c.compile else model
+    if WORLD_SIZE > 1:
+        forward = torch.nn.parallel.DistributedDataParallel(forward)
+    return State(
+        c, device, data, model, forward, make_optimizer(model, c, device),
+        torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+        # float16 has few exponents: losses are scaled up, gradients back, and a step is skipped and
+        # the scale halved where something overflowed. For other dtypes the scaler does nothing.
+        torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
+
+
+def train(config, note):
+    """Train one run, from scratch or from its ckpt.pt, until max_iters, or until STOP. Calls
+    note(tokens since the last call, loss). Raises UserError; as RunFailed where it diverges."""
+    c, device = config, configurator.choose_device(config.device)
+    configurator.keep_freed_memory()     # of the C library: a quarter of a step's time on a CPU
+    torch.set_num_threads(c.threads)
+    state = begin(c, device, Data(c, device))
+    go_on(state)                         # from its checkpoint, if it has one: part 2
     tell(description(state))
     if c.eval_only:
         entry = evaluate(state.model, state.data, state.autocast)
         tell(report(c, {'iter': state.iteration, **entry}))
         return
-    clock, shown_loss = time.perf_counter(), math.nan
+    clock = time.perf_counter()
     while True:
-        # every eval_interval iterations, and at the end: evaluate and save
-        ended, stopped = state.iteration >= c.max_iters, stop.value > 0
+        ended, stopped = state.iteration >= c.max_iters, STOP.signal > 0
         if RANK == 0 and (ended or stopped or state.iteration % c.eval_interval == 0):
-            # evaluation is no training time; a GPU is done if log_interval divides eval_interval
-            state.seconds += time.perf_counter() - clock
+            state.seconds += time.perf_counter() - clock           # the clock leaves evaluation out
             look_and_save(state, ended, stopped)
             clock = time.perf_counter()
         if ended or stopped:
@@ -346,42 +328,7 @@ def train(config, stop, note):
         state.iteration += 1
         if state.iteration % c.log_interval == 0:
             refuse_not_finite(state)
-            shown_loss = loss.item()
-        note(c, state.iteration * c.tokens_per_iter, shown_loss)
-
-
-def prepare(config):
-    """What a run needs and what training changes: model, optimizer, data; iteration, seconds, log.
-    All as in its ckpt.pt, if there is one: resuming is wanted then (check_folders)."""
-    c, path = config, config.path('ckpt.pt')
-    device, dtype = choose_device(c.device), getattr(torch, c.dtype)
-    keep_freed_memory()                  # of the C library: a quarter of a step's time on a CPU
-    torch.set_num_threads(c.threads)
-    torch.manual_seed(c.seed)
-    model = GPT(c).to(device)
-    state = SimpleNamespace(
-        config=c, device=device, data=Data(c, device), model=model, iteration=0, seconds=0.0,
-        log=[], optimizer=make_optimizer(model, c, device),
-        autocast=torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
-        # float16 has few exponents: losses are scaled up, gradients back, and a step is skipped and
-        # the scale halved where something overflowed. For other dtypes the scaler does nothing.
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
-    state.forward = torch.compile(model) if c.compile else model
-    if WORLD_SIZE > 1:
-        state.forward = torch.nn.parallel.DistributedDataParallel(state.forward)
-    recipe = recipe_of(c, state.data.meta, device)
-    if os.path.exists(path):
-        saved = load_checkpoint(path, device)
-        load_states(saved, path, model=model, optimizer=state.optimizer, scaler=state.scaler)
-        state.iteration, state.seconds, state.log = saved['iter'], saved['seconds'], saved['log']
-        for key in MAY_CHANGE:           # a run that went on with other code is of both
-            was, now = saved['recipe'].get(key), recipe[key]
-            recipe[key] = was if last_of(was) == now else f'{was}, then {now}'
-    state.result = {'run': c.name, 'seed': c.seed, 'dataset': c.dataset, 'recipe': recipe,
-                    'total_parameters': model.total_parameters(),
-                    'active_parameters': model.active_parameters(),
-                    'flops_per_token': model.flops_per_token()}
-    return state
+            note(c.log_interval * c.tokens_per_iter, loss.item())
 
 
 def one_iteration(state):
@@ -410,10 +357,10 @@ def one_iteration(state):
 
 
 def look_and_save(state, ended, stopped):
-    """Evaluate the model, save the run, tell and draw its loss. Where the run was stopped, or was
-    evaluated at this iteration before it was resumed, only save it."""
+    """Evaluate the model and save the run. One that is stopped, or was evaluated at this iteration
+    before it went on, is only saved."""
     c, log = state.config, state.log
-    if stopped or (log and log[-1]['iter'] == state.iteration):
+    if (stopped and not ended) or (log and log[-1]['iter'] == state.iteration):
         refuse_not_finite(state)
         save(state)
         return
@@ -424,42 +371,53 @@ def look_and_save(state, ended, stopped):
     refuse_not_finite(state, log[-1])
     save(state)
     tell(report(c, log[-1]))
-    # of all runs: whoever evaluates last has drawn them all
-    draw(read_results(c.out_dir, tell), c.out_dir, ['loss.png'], tell)
+    sample.draw(sample.read_results(c.out_dir), c.out_dir, ['loss.png'])       # of all runs there
 
 
 def refuse_not_finite(state, entry=None):
     """Raise RunFailed if a weight is not finite, or a loss of this evaluation, and note it in
-    config.json. A loss that is not finite makes the weights so in the next step; but in float16 the
-    scaler skips such steps, and it shows in the next evaluation."""
+    config.json. (In float16 the scaler skips steps that aren't finite, so losses tell first.)"""
     losses = [value for key, value in (entry or {}).items() if key.endswith('_loss')]
     weights = state.model.parameters()
     if all(map(math.isfinite, losses)) and all(weight.isfinite().all() for weight in weights):
         return
     c = state.config
     if RANK == 0:
-        result = state.result | {'iter': state.iteration, 'diverged': state.iteration}
-        write_text(c.path('config.json'), json.dumps(result, indent=1))
+        write_config_json(state, {'iter': state.iteration, 'diverged': state.iteration})
     raise RunFailed(f'{c.folder}: expected finite losses and weights, got others by iteration '
                     f'{state.iteration}. ckpt.pt is from before. '
                     f'Train anew with --name=, and less than --learning_rate={c.learning_rate:g}')
 
 
+def tell(text):
+    """Print a line, above the progress bar if there is one; an error to stderr."""
+    file = sys.stderr if text.startswith('error: ') else sys.stdout
+    if file is sys.stderr and os.isatty(2):
+        text = f'\r\033[K{text}'         # the bar may be there, from another process: erase it
+    if RANK == 0 and file:               # None was closed, as by >&-
+        tqdm.write(text, file=file)
+
+
 def description(state):
-    """What the model is and how it is trained, in lines."""
-    c, result = state.config, state.result
-    size = f'{result["total_parameters"]:,} parameters'
-    if c.factorised and abs(size_against_moe(c.n_embd, c.d_ffn, c.d_low) - 1) > 0.01:
-        size += f' (an expert has {size_against_moe(c.n_embd, c.d_ffn, c.d_low):.3f} times moe\'s)'
+    """What the model is and how it is trained: lines, each with the run's name, since runs side by
+    side print theirs at the same time."""
+    c, model = state.config, state.model
     at_most = 'at most ' if c.select == 'top_p' else ''
-    text = (f'\n{c.name}: {size}, {at_most}{result["active_parameters"]:,} active, '
-            f'{result["flops_per_token"] / 1e6:.1f} MFLOPs per token\n'
-            f'{c.max_iters:,} iterations of {c.tokens_per_iter:,} tokens, {state.device}, '
-            f'{c.dtype}, seed {c.seed}\nin {c.folder}')
+    lines = [f'{model.total_parameters():,} parameters, {at_most}{model.active_parameters():,} '
+             f'active, {model.flops_per_token() / 1e6:.1f} MFLOPs per token',
+             f'{c.max_iters:,} iterations of {c.tokens_per_iter:,} tokens, {state.device}, '
+             f'{c.dtype}, seed {c.seed}']
+    if c.factorised and abs(size_against_moe(c.n_embd, c.d_ffn, c.d_low) - 1) > 0.01:
+        lines.append(f'an expert is {size_against_moe(c.n_embd, c.d_ffn, c.d_low):.3f} times as '
+                     'large as one of moe')
+    if c.select == 'expert_choice':
+        lines.append('later tokens help to choose, so its loss is lower than in use')
+    if c.warmup_iters >= c.max_iters:
+        lines.append(f'it ends within its warm-up of {c.warmup_iters:,} iterations')
     if c.lr_decay_iters != c.max_iters:
-        text += (f'\nthe learning rate falls to {c.min_lr:g} at iteration {c.lr_decay_iters:,} '
-                 '(--lr_decay_iters, as it was at the start)')
-    return text
+        lines.append(f'the learning rate falls to {c.min_lr:g} by iteration {c.lr_decay_iters:,}')
+    name = os.path.basename(c.folder)
+    return '\n'.join(f'{name:<12} {line}' for line in lines)
 
 
 def report(config, entry):
@@ -470,334 +428,374 @@ def report(config, entry):
 
 
 # -----------------------------------------------------------------------------
-# a run's files, and its recipe: all that shapes its result
+# Part 2: a run's files, and its recipe: all that shapes its result. Runs that are equal in it, but
+# for the seed, are seeds of one another.
 
-# keys that are not in a recipe, since a run may go on with others. (For dataset stands its sha256;
-# for max_iters lr_decay_iters, and how far a run is.)
-NOT_IN_RECIPE = {'recompute', 'max_iters', 'log_interval', 'eval_only', 'init_from', 'dataset',
-                 'data_dir', 'out_dir', 'name', 'runs', 'seeds', 'jobs', 'device', 'threads',
-                 'compile'}
-# what may change where a run goes on, with a line that tells it
+# these keys shape no result: for dataset stands its sha256, for max_iters lr_decay_iters
+NOT_IN_RECIPE = {'recompute', 'max_iters', 'log_interval', 'eval_only', 'dataset', 'data_dir',
+                 'out_dir', 'name', 'runs', 'seeds', 'jobs', 'device', 'threads', 'compile'}
+# these may change where a run goes on: its recipe then has both, as 'cpu, then cuda'
 MAY_CHANGE = {'device', 'processor', 'torch', 'model.py', 'train.py'}
-
-
-def hash_of(path):
-    """Of the code in a file, without its comments and docstrings. (Python versions may differ in
-    how they unparse it.)"""
-    tree = ast.parse(read_text(path))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            node.value.value = ''                                  # a docstring
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:8]
-
-
 HASHES = {'model.py': hash_of(inspect.getsourcefile(GPT)), 'train.py': hash_of(__file__)}
 
 
 def recipe_of(config, meta, device):
-    """All that shapes the result of a run: its keys, the data, the machine and the code. Runs that
-    are equal in it, but for the seed, are seeds of one another."""
     return {key: value for key, value in vars(config).items() if key not in NOT_IN_RECIPE} | {
         'sha256': meta['sha256'][:8], 'train_tokens': meta['train_tokens'],
         'val_tokens': meta['val_tokens'], 'device': device.type,
-        'processor': processor_name(device), 'torch': str(torch.__version__), **HASHES}
-
-
-def settle(config, jobs):
-    """Decide the keys that the data, the machine or the run's checkpoint decide. Returns how many
-    iterations the run has. Raises UserError where it would go on with another recipe."""
-    c, device = config, choose_device(config.device)
-    meta = checked_meta(os.path.join(c.data_dir, c.dataset))
-    expect(c, 'block_size', f'less than the {meta["val_tokens"]} tokens of {c.dataset} for '
-           'validation', lambda S: S < meta['val_tokens'])
-    expect(c, 'batch_size', f'a batch below the {meta["train_tokens"]:,} training tokens of '
-           f'{c.dataset}', lambda n: n * c.block_size <= meta['train_tokens'])
-    begun = c.eval_only or os.path.exists(c.path('ckpt.pt'))
-    checkpoint = (load_checkpoint(c.path('ckpt.pt'), 'cpu', mmap=True) if begun
-                  else {'recipe': {}, 'iter': 0})
-    was = checkpoint['recipe']
-    expect(c, 'max_iters', f'at least the {checkpoint["iter"]} iterations that {c.folder} has '
-           '(--name= trains anew)', lambda n: c.eval_only or n >= checkpoint['iter'])
-    c.threads = c.threads or max(1, usable_cores() // max(jobs, WORLD_SIZE))
-    c.vocab_size = c.vocab_size or meta['vocab_size']
-    expect(c, 'vocab_size', f'at least the {meta["vocab_size"]} of {c.dataset}',
-           lambda n: n >= meta['vocab_size'])
-    c.lr_decay_iters = c.lr_decay_iters or was.get('lr_decay_iters') or c.max_iters
-    if c.dtype == 'auto':
-        c.dtype = was.get('dtype') or fast_dtype(device)
-    if begun:
-        refuse_another_recipe(c, was, recipe_of(c, meta, device))
-    return checkpoint['iter']
-
-
-def last_of(value):
-    """Of 'one, then two', as a resumed run has it in its recipe, 'two'."""
-    return value.rpartition(', then ')[2] if isinstance(value, str) else value
-
-
-def refuse_another_recipe(config, was, now):
-    """Raise UserError where a run would go on with another recipe; tell what may have changed, or
-    for a run that is only evaluated all that has."""
-    wrong = []
-    was = {key: getattr(TrainConfig, key, None) for key in now} | was   # a new key: its default
-    for key in was:
-        if last_of(was[key]) == now.get(key):
-            continue
-        if key in MAY_CHANGE:
-            tell(f'{config.folder}: {key} is {now.get(key)} now, and was {was[key]}')
-        elif config.eval_only:
-            tell(f'{config.folder}: evaluated with {key} = {now.get(key)}, trained with {was[key]}')
-        else:
-            wrong.append(f'{key} = {was[key]} and not {now.get(key)}')
-    if wrong:
-        raise UserError(f'{config.path("ckpt.pt")}: expected what it was trained with, '
-                        f'{", ".join(wrong)}; leave it so, or train anew with --name=')
+        'processor': configurator.processor_name(device), 'torch': str(torch.__version__), **HASHES}
 
 
 def save(state):
     """Write a run's files: ckpt.pt, the latest state; best.pt, what sampling needs of it, if its
-    evaluation has the lowest loss; log.jsonl; and last config.json, the result."""
-    c, log, recipe = state.config, state.log, state.result['recipe']
-    for_sampling = {'model': state.model.state_dict(), 'meta': state.data.meta, 'recipe': recipe}
+    evaluation has the lowest loss; log.jsonl; and last config.json. Raises UserError."""
+    c, log = state.config, state.log
+    if stamp_of(c) != state.stamp:
+        raise UserError(f'{c.folder}: expected to be alone in it, got another process that writes '
+                        'there; --name= keeps both')
+    for_sampling = {'model': state.model.state_dict(), 'meta': state.data.meta,
+                    'recipe': state.recipe}
     with replacing(c.path('ckpt.pt')) as part:
         torch.save({**for_sampling, 'optimizer': state.optimizer.state_dict(), 'log': log,
                     'scaler': state.scaler.state_dict(), 'iter': state.iteration,
                     'seconds': state.seconds}, part)
+    state.stamp = stamp_of(c)
     lowest = min((entry['val_loss'] for entry in log), default=None)
     if log and log[-1]['iter'] == state.iteration and log[-1]['val_loss'] == lowest:
         with replacing(c.path('best.pt')) as part:
             torch.save(for_sampling, part)
     write_text(c.path('log.jsonl'), as_lines(log))
-    result = state.result | {'iter': log[-1]['iter'] if log else None}   # of the last evaluation
+    write_config_json(state, {'iter': log[-1]['iter'] if log else None})   # of the last evaluation
+
+
+def write_config_json(state, ended):
+    """Write what the run is and how far: with its last evaluation, a result (see sample.py)."""
+    c, model = state.config, state.model
+    result = {'run': c.name, 'seed': c.seed, 'dataset': c.dataset, 'recipe': state.recipe,
+              'total_parameters': model.total_parameters(),
+              'active_parameters': model.active_parameters(),
+              'flops_per_token': model.flops_per_token(), **ended}
     write_text(c.path('config.json'), json.dumps(result, indent=1))
 
 
-# a process that was killed as it wrote leaves a file such as ckpt.pt.1234.part
-HALF_WRITTEN = r'(ckpt\.pt|best\.pt|log\.jsonl|config\.json)\.\d+\.part'
+def stamp_of(config):
+    """When the run's ckpt.pt was written; None if there is none."""
+    path = config.path('ckpt.pt')
+    return os.stat(path).st_mtime_ns if os.path.exists(path) else None
 
 
-def check_folders(runs):
-    """Raise UserError where the folder of a run holds other things; where a run would be written
-    over; and where none is there to go on with. (Of several, those that have not begun start.)"""
-    c = runs[0]
-    # such as config/quick_start, whose results and pictures would be written over
-    for file in os.listdir(c.out_dir) if os.path.isdir(c.out_dir) else ():
-        if file.endswith('.py') or file == 'README.md':
-            raise UserError(f'out_dir: expected a folder for runs alone, got {c.out_dir} with '
-                            f'{file} in it')
-    begun = [run for run in runs if os.path.exists(run.path('ckpt.pt'))]
-    if not begun and (c.init_from == 'resume' or c.eval_only):
-        raise UserError(f'{c.path("ckpt.pt")}: expected a checkpoint to go on from, got no such '
-                        'file; train first, without --init_from=resume')
-    for run in runs:
-        if run in begun and c.init_from == 'scratch' and not c.eval_only:
-            raise UserError(f'{run.folder}: expected a new folder, got one that holds a run; '
-                            '--init_from=resume goes on with it, --name= or --out_dir= keeps it')
-        for file in os.listdir(run.folder) if os.path.isdir(run.folder) else ():
-            if run not in begun and not re.fullmatch(HALF_WRITTEN, file):
-                raise UserError(f'{run.folder}: expected a new folder, or a run and its ckpt.pt, '
-                                f'got one with {file}; --name= trains anew, beside it')
+def load_checkpoint(config, device, mmap=False):
+    """The ckpt.pt of a run, None if there is none. Nothing in the file can run code. mmap: read
+    from the disk only what is looked at. Raises UserError."""
+    path = config.path('ckpt.pt')
+    if not os.path.exists(path):
+        return None
+    with expecting(f'{path}: expected a checkpoint of train.py; --name= trains anew'):
+        saved = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        if not {'recipe', 'iter', 'seconds', 'log', 'optimizer'} <= saved.keys():
+            raise ValueError('other contents')
+        return saved
 
 
-def make_folder(run):
-    """Make the folder of a run, and clear it of what is half-written."""
-    try:
-        os.makedirs(run.folder, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'out_dir: expected a folder to write to, got {run.folder!r}: '
-                        f'{error.strerror}') from None
-    for file in os.listdir(run.folder):
-        if re.fullmatch(HALF_WRITTEN, file):
-            os.remove(run.path(file))
+def go_on(state):
+    """Give a run its recipe and, if it has a checkpoint, the state that is in there. Raises
+    UserError, also where another process has trained another run there since `settle` looked."""
+    c = state.config
+    with expecting(f'out_dir: expected a folder to write to, {c.folder!r}'):
+        os.makedirs(c.folder, exist_ok=True)
+    state.recipe = recipe_of(c, state.data.meta, state.device)
+    state.stamp = stamp_of(c)
+    saved = load_checkpoint(c, state.device)
+    if saved is None:
+        return
+    refuse_another_recipe(c, saved['recipe'], state.recipe)
+    with expecting(f'{c.folder}: expected a run with these keys and this model.py; --name= trains '
+                   'anew'):
+        state.model.load_state_dict(saved['model'])
+        state.optimizer.load_state_dict(saved['optimizer'])
+        state.scaler.load_state_dict(saved['scaler'])
+    state.iteration, state.seconds, state.log = saved['iter'], saved['seconds'], saved['log']
+    for key in MAY_CHANGE:
+        was, now = saved['recipe'].get(key), state.recipe[key]
+        state.recipe[key] = was if last_of(was) == now else f'{was}, then {now}'
 
 
-def read_config_json(run):
-    """The result that a run has written so far; {} if there is none."""
-    path = run.path('config.json')
-    try:
-        return dict(json.loads(read_text(path))) if os.path.exists(path) else {}
-    except (ValueError, TypeError, RecursionError):
-        raise UserError(f'{path}: expected one of train.py, got a damaged one; remove it, and the '
-                        'run goes on from its ckpt.pt') from None
+def changed_keys(old, now):
+    """The keys that are not in the recipe now what they were in the old one, in order."""
+    defaults = {key.name: key.default for key in fields(TrainConfig)}   # of before there was a key
+    return sorted(key for key in now if last_of((defaults | old).get(key)) != now[key])
+
+
+def refuse_another_recipe(config, old, now):
+    """Raise UserError where a run would go on with another recipe than that of its checkpoint."""
+    wrong = [f'{key} was {old.get(key)} and is {now[key]}' for key in changed_keys(old, now)
+             if key not in MAY_CHANGE]
+    if wrong and not config.eval_only:
+        raise UserError(f'{config.folder} holds another run: {", ".join(wrong)}; --out_dir= or '
+                        f'--name= trains anew, or remove {config.folder}')
+
+
+def outcome_of(config):
+    """What has become of a run by its config.json: 'done', 'diverged', or None where it has
+    iterations to go. Raises UserError."""
+    path = config.path('config.json')
+    with expecting(f'{path}: expected one of train.py; remove it'):
+        result = json.loads(configurator.read_text(path)) if os.path.exists(path) else {}
+        if 'diverged' in result:
+            return 'diverged'
+        return 'done' if result.get('iter') == config.max_iters else None
+
+
+def settle(config, jobs):
+    """Decide the keys that the data, the machine or the run's checkpoint decide, and tell what has
+    changed since it was trained. Returns how many iterations the run has. Raises UserError where it
+    can't begin, or go on, so."""
+    c, device = config, configurator.choose_device(config.device)
+    folder = os.path.join(c.data_dir, c.dataset)
+    meta = load_meta(folder)
+    with expecting(f'{folder}: expected the tokens that meta.json describes; prepare them again'):
+        sizes = [os.path.getsize(os.path.join(folder, file)) for file in ('train.bin', 'val.bin')]
+        if sizes != [2 * meta['train_tokens'], 2 * meta['val_tokens']]:
+            raise ValueError(f'{sizes} bytes')
+    saved = load_checkpoint(c, 'cpu', mmap=True) or {'recipe': {}, 'iter': 0}
+    c.threads = c.threads or max(1, configurator.usable_cores() // max(jobs, WORLD_SIZE))
+    c.vocab_size = c.vocab_size or meta['vocab_size']
+    c.lr_decay_iters = c.lr_decay_iters or c.max_iters
+    if c.dtype == 'auto':
+        c.dtype = saved['recipe'].get('dtype') or configurator.fast_dtype(device)
+    refuse_misfits(c, meta, saved['iter'])
+    if saved['recipe']:
+        old, now = saved['recipe'], recipe_of(c, meta, device)
+        refuse_another_recipe(c, old, now)
+        changed = changed_keys(old, now)
+        if changed and outcome_of(c) == 'done' and not c.eval_only:
+            tell(f'{c.folder} is done, with another {", ".join(changed)}; --out_dir= or --name= '
+                 'trains anew')
+        else:
+            for key in changed:
+                tell(f'{c.folder}: {key} was {old.get(key)} and is {now[key]}')
+    return saved['iter']
+
+
+def refuse_misfits(config, meta, iteration):
+    """Raise UserError where keys do not fit the data, the run's folder, or how far the run is."""
+    c = config
+    expect(c, 'vocab_size', f'at least the {meta["vocab_size"]} of {c.dataset}',
+           lambda n: n >= meta['vocab_size'])
+    expect(c, 'block_size', f'less than the {meta["val_tokens"]} tokens of {c.dataset} for '
+           'validation', lambda S: S < meta['val_tokens'])
+    expect(c, 'batch_size', f'a batch below the {meta["train_tokens"]:,} training tokens of '
+           f'{c.dataset}', lambda n: n * c.block_size <= meta['train_tokens'])
+    expect(c, 'max_iters', f'at least the {iteration} iterations that {c.folder} has; --out_dir= '
+           'or --name= trains anew', lambda n: c.eval_only or n >= iteration)
+    files = os.listdir(c.folder) if os.path.isdir(c.folder) else []
+    if c.eval_only and 'ckpt.pt' not in files:
+        raise UserError(f'eval_only: expected a run in {c.folder}; train it first')
+    if 'ckpt.pt' not in files and any(not file.endswith('.part') for file in files):
+        raise UserError(f'{c.folder}: expected a new folder, or a run and its ckpt.pt, got '
+                        f'{files}; --name= or --out_dir= leaves it alone')
 
 
 # -----------------------------------------------------------------------------
-# the terminal, and runs side by side: the matmuls of a small model are too small for two threads,
-# so on a CPU a core trains a run of its own, in a process of its own
+# Part 3: several runs
 
-SPAWN = multiprocessing.get_context('spawn')                       # the one way on all systems
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:   # not nohup
-    SIGNALS.append(signal.SIGHUP)                                  # a terminal is closed
-
-
-def tell(text, file=None):
-    """Print a line where the progress bar is, which is then drawn again below it."""
-    if RANK == 0:
-        if os.isatty(2):                 # the bar may be there, from another process: erase it
-            print('\r\033[K', end='', file=sys.stderr, flush=True)
-        print(text + '\n', end='', file=file)            # at once: other processes print, too
-
-
-class Progress:
-    """A bar of all runs together. What each has done lies in memory that processes share."""
-
-    def __init__(self, done):
-        """done: pairs of a run and how many iterations it has."""
-        self.of = {run.folder: SPAWN.RawArray('d', (n * run.tokens_per_iter, math.nan))
-                   for run, n in done}                             # (tokens, loss)
-        # disable=None: no bar where the output is no terminal
-        self.bar = tqdm(total=sum(run.max_iters * run.tokens_per_iter for run, _ in done),
-                        initial=self.tokens(), unit='tok', unit_scale=True, dynamic_ncols=True,
-                        leave=False, disable=True if RANK > 0 or not sys.stderr else None)
-
-    def tokens(self):
-        return int(sum(tokens for tokens, _ in self.of.values()))
-
-    def note(self, run, tokens, loss):
-        """What a run has done, if it is in this process; show it."""
-        self.of[run.folder][:] = tokens, loss
-        self.show([run.folder])
-
-    def show(self, folders):
-        """Draw the bar, with the losses of the runs in these folders, which are at work."""
-        losses = [self.of[folder][1] for folder in folders]
-        known = ' '.join(f'{loss:.3f}' for loss in losses if not math.isnan(loss))
-        self.bar.set_postfix_str(f'loss {known}', refresh=False)
-        self.bar.update(self.tokens() - self.bar.n)
+def keys_of(files):
+    """The keys of config files. A later file wins, also over what an earlier one has in `runs`."""
+    keys = {}
+    for file in files:
+        later = configurator.read_config_file(TrainConfig, file)
+        if 'mlp' in later:
+            keys.pop('runs', None)
+        for run_keys in keys.get('runs', {}).values():
+            for key in run_keys.keys() & later.keys():
+                del run_keys[key]
+        keys |= later
+    return keys
 
 
-def train_one_by_one(runs, stop, note):
-    """Train runs in this process. Returns the highest exit status: 1 where one has failed, and the
-    others go on; 2 after another UserError."""
+def plan_runs(from_file, from_line):
+    """The TrainConfigs that the keys of config files and of the command line ask for:
+
+        {'mlp': 'aoe,moe'}                                                     ->  aoe moe
+        {'runs': {'a': {'mlp': 'aoe'}, 'm': {'mlp': 'moe'}}, 'seeds': (1, 2)}  ->  a-1 m-1 a-2 m-2
+
+    The line wins; --mlp replaces the file's runs. Raises UserError."""
+    given = from_file | from_line
+    runs, name = given.pop('runs', None), given.pop('name', None)
+    if runs is None or 'mlp' in from_line:
+        runs = {mlp: {'mlp': mlp} for mlp in given.pop('mlp', TrainConfig.mlp).split(',')}
+    seeds = given.get('seeds') or [given.get('seed', TrainConfig.seed)]
+    refuse_contradictions(runs, name, seeds, given, from_line)
+    return [TrainConfig(**given | typed_keys(run, keys) | {'name': name or run, 'seed': seed})
+            for seed in seeds for run, keys in runs.items()]
+
+
+def typed_keys(run, keys):
+    """What an entry of `runs` has, each of its field's type. Raises UserError."""
+    return {key: configurator.typed(TrainConfig, key, value, f'runs, {run}: ')
+            for key, value in keys.items()}
+
+
+ALL_SHARE = {'runs', 'name', 'seed', 'seeds', 'out_dir', 'jobs', 'eval_only', 'device'}
+
+
+def refuse_contradictions(runs, name, seeds, given, from_line):
+    """Raise UserError where keys contradict each other."""
+    if not runs or (name and len(runs) > 1):
+        raise UserError(f'runs: expected one at least, and one alone with --name, got {len(runs)}')
+    if {'mlp', 'runs'} <= from_line.keys():
+        raise UserError('expected --mlp or --runs, got both')
+    if given.get('seeds') and 'seed' in given:
+        raise UserError('expected seed or seeds, got both; --seeds=3 trains with one')
+    for seed in seeds:
+        configurator.typed(TrainConfig, 'seed', seed, 'seeds, ')
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f'seeds: expected each once, got {seeds}')
+    for run, keys in runs.items():
+        if not (isinstance(run, str) and isinstance(keys, dict)):
+            raise UserError(f'runs: expected names, each with a dict of keys, got '
+                            f'{run!r}: {keys!r:.90}')
+        if wrong := sorted(ALL_SHARE & keys.keys()):
+            raise UserError(f'runs, {run}: expected keys in which runs may differ, got {wrong}')
+        if wrong := sorted(from_line.keys() & keys.keys() - {'mlp'}):
+            raise UserError(f'runs, {run}: expected each key there or on the line, got both of '
+                            f'{wrong}')
+
+
+def train_one_by_one(runs, note):
+    """Train runs in this process. Returns the exit status: 1 where one has diverged."""
     status = 0
     for run in runs:
         try:
-            train(run, stop, note)
-        except UserError as error:
-            if WORLD_SIZE > 1:           # RANK 0 alone may know, and the others would wait for it
+            train(run, note)
+        except RunFailed as error:
+            if WORLD_SIZE > 1:           # the other processes would wait for this one
                 raise
-            tell(f'error: {error}', sys.stderr)
-            status = max(status, 1 if isinstance(error, RunFailed) else 2)
-        if status == 2 or stop.value:
+            tell(f'error: {error}')
+            status = 1
+        except RuntimeError as error:
+            if 'memory' not in str(error):
+                raise
+            raise UserError(f'{run.folder}: expected to fit into memory, got '
+                            f'"{str(error).splitlines()[0]:.60}"; try less --batch_size (and more '
+                            '--gradient_accumulation_steps), or --recompute=True') from None
+        if STOP.signal:
             break
     return status
 
 
-def train_apart(config, hashes, stop, shared):
-    """Train a run in a process of its own, which has imported model.py and train.py anew."""
-    first = multiprocessing.parent_process()
+# Side by side: the matmuls of a small model are too small for two threads, so on a CPU a core
+# trains a run of its own, in a process of its own. This process starts the others and has their
+# stdin and stdout: it prints their lines, and closes the stdin of one that shall stop. Where this
+# process is killed, the system closes it.
 
-    def note(_, tokens, loss):
-        shared[:] = tokens, loss
-        if not first.is_alive():         # it was killed; ckpt.pt is there to go on from
-            sys.exit(1)
-    changed = [file for file in HASHES if HASHES[file] != hashes[file]]
-    if changed:
-        tell(f'error: {config.folder}: expected the code of the start, got another '
-             f'{" and ".join(changed)}; start anew', sys.stderr)
-        sys.exit(1)
-    configurator.run(lambda _: sys.exit(train_one_by_one([config], stop, note)))
+NOTE = '\0'                              # begins a line for the bar: tokens and loss
 
 
-def train_side_by_side(runs, jobs, stop, progress):
+def train_one(text):
+    """Train one of several runs, in a process of its own. text: its TrainConfig as JSON. Exits."""
+    def wait_for_the_end_of_stdin():
+        os.read(0, 1)
+        STOP.signal = signal.SIGTERM
+
+    def note(tokens, loss):
+        print(f'{NOTE}{tokens} {loss}\n', end='')                  # at once, in one piece
+    threading.Thread(target=wait_for_the_end_of_stdin, daemon=True).start()
+    status = train_one_by_one([TrainConfig(**json.loads(text))], note)
+    sys.exit(status or (128 + STOP.signal if STOP.signal else 0))
+
+
+def train_side_by_side(runs, jobs, note):
     """Train runs in processes of their own, `jobs` at once. Returns the highest exit status. Where
-    one has failed (1) the others go on; after another UserError (2), and where nobody reads what is
-    printed (141), all save and end."""
-    waiting, at_work, status = list(runs), {}, 0
-    try:
-        while at_work or (waiting and not stop.value):
-            while waiting and len(at_work) < jobs and not stop.value:
-                run = waiting.pop(0)
-                process = SPAWN.Process(target=train_apart, name=run.folder,
-                                        args=(run, HASHES, stop, progress.of[run.folder]))
-                # a process ignores the signals that are ignored as it starts: only this one reacts
-                for number in SIGNALS:
-                    signal.signal(number, signal.SIG_IGN)
-                process.start()
-                stop_on_signals(stop)
-                at_work[process.sentinel] = process
-            ended = wait(at_work, timeout=0.5)
-            progress.show([process.name for process in at_work.values()])
-            for process in map(at_work.pop, ended):
-                process.join()
-                if process.exitcode > 1:                 # 2, or 141: nobody reads the output
-                    stop.value = signal.SIGTERM
-                elif process.exitcode < 0:               # minus the signal that killed it
-                    tell(f'error: {process.name}: its process ended with exit code '
-                         f'{process.exitcode}; --init_from=resume goes on with it', sys.stderr)
-                status = max(status, process.exitcode if process.exitcode >= 0 else 1)
-    finally:
-        for process in at_work.values():                 # after a second Ctrl-C
+    one has failed (1) the others go on; after a UserError (2), as of a full disk, all stop."""
+    def train_apart(run):
+        if STOP.signal:
+            return 0
+        command = [sys.executable, __file__, '--train_one', json.dumps(vars(run))]
+        # in a session of its own: Ctrl-C in a terminal reaches this process alone
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                              encoding='utf-8', errors='replace',
+                              start_new_session=True) as process:
+            STOP.others.append(process)
+            if STOP.signal:              # it came while this one started
+                process.stdin.close()
+            for line in process.stdout:
+                if line.startswith(NOTE):
+                    tokens, loss = line.removeprefix(NOTE).split()
+                    note(int(tokens), float(loss))
+                else:
+                    tell(line.rstrip('\n'))
+        if process.returncode == 2 and not STOP.signal:
+            stop(signal.SIGTERM)
+        if process.returncode in (0, 1, 2):
+            return process.returncode
+        if not STOP.signal:
+            tell(f'error: {run.folder}: its process was killed; the same command goes on with it')
+        return 1
+    with ThreadPoolExecutor(jobs) as pool:                         # a thread waits for each
+        return max(pool.map(train_apart, runs), default=0)
+
+
+def stop(number, _=None):
+    """What Ctrl-C, and the SIGTERM of Slurm and Docker, do: this process and the others that it has
+    started stop between two iterations, saved. A second Ctrl-C ends at once."""
+    if STOP.signal:
+        for process in STOP.others:
             process.kill()
-    return status
+        raise KeyboardInterrupt
+    STOP.signal = number
+    for process in STOP.others:
+        process.stdin.close()
+    if number == signal.SIGINT:
+        with contextlib.suppress(OSError):         # print may be at work: it can't begin again
+            os.write(2, b'\nstopping after this iteration; Ctrl-C again ends at once\n')
 
-
-def stop_on_signals(stop):
-    """Ctrl-C, the SIGTERM of Slurm and Docker, and a closed terminal end between two iterations,
-    saved; a second one ends at once."""
-    def on_signal(number, _):
-        stop.value = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if number not in (signal.SIGINT, signal.SIGTERM):          # SIGHUP: printing would fail now
-            sink = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(sink, 1)
-            os.dup2(sink, 2)
-    for number in SIGNALS:
-        signal.signal(number, on_signal)
-
-
-# -----------------------------------------------------------------------------
 
 def main(arguments):
-    from_line, files = parse(TrainConfig, arguments, __doc__)
-    from_file = {}
-    for file in files:
-        from_file |= read_config_file(TrainConfig, file)
-    runs = plan_runs(from_file, from_line)
+    if WORLD_SIZE == 1:                  # under torchrun a signal ends at once; ckpt.pt is there
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
+    if arguments[:1] == ['--train_one']:
+        train_one(arguments[1])
+    from_line, files = configurator.parse(TrainConfig, arguments, __doc__)
+    runs = plan_runs(keys_of(files), from_line)
     c = runs[0]                          # for the keys that all runs share
-    stop = SPAWN.RawValue('i', 0)        # the number of the signal that asks to stop; 0: none yet
-    if RANK == 0:
-        check_folders(runs)
-    if WORLD_SIZE > 1:                   # here Ctrl-C ends at once; ckpt.pt is there to go on from
+    if WORLD_SIZE > 1:
         dist.init_process_group()
-    else:
-        stop_on_signals(stop)
 
     # all runs are settled before the first trains: a mistake in the last shows at once
-    jobs = c.jobs or (usable_cores() if choose_device(c.device).type == 'cpu' else 1)
-    jobs = 1 if c.eval_only or WORLD_SIZE > 1 else min(jobs, len(runs))
-    done = [(run, settle(run, jobs)) for run in runs]
-    if RANK == 0 and not c.eval_only:
-        for run in runs:
-            make_folder(run)
-    to_train, status = [], 0
-    for run in runs:
-        result = read_config_json(run)
-        if 'diverged' in result and not c.eval_only:
-            status = 1
-            tell(f'error: {run.folder}: has diverged; --name= trains anew', sys.stderr)
-        elif result.get('iter') != run.max_iters or c.eval_only:   # it has not ended yet
-            to_train.append(run)
-    progress = Progress(done)
-    with progress.bar:                   # closes it, whatever happens
+    on_cpu = configurator.choose_device(c.device).type == 'cpu'
+    jobs = min(len(runs), c.jobs or (configurator.usable_cores() if on_cpu else 1))
+    jobs = 1 if c.eval_only or WORLD_SIZE > 1 else jobs
+    iterations = [settle(run, jobs) for run in runs]               # that the runs have
+    outcomes = [None if c.eval_only else outcome_of(run) for run in runs]
+    to_train = [run for run, outcome in zip(runs, outcomes) if outcome is None]
+    for run, outcome in zip(runs, outcomes):
+        if outcome == 'diverged':
+            tell(f'error: {run.folder}: has diverged; --name= trains anew')
+    with tqdm(total=sum(run.max_iters * run.tokens_per_iter for run in runs),
+              initial=sum(n * run.tokens_per_iter for run, n in zip(runs, iterations)),
+              unit='tok', unit_scale=True, dynamic_ncols=True, leave=False,
+              disable=True if RANK > 0 or c.eval_only or not sys.stderr else None) as bar:
+        def note(tokens, loss):
+            with bar.get_lock():         # runs side by side have a thread each
+                bar.set_postfix_str(f'loss {loss:.3f}', refresh=False)
+                bar.update(tokens)
         if jobs > 1:
-            status = max(status, train_side_by_side(to_train, jobs, stop, progress))
+            status = train_side_by_side(to_train, jobs, note)
         else:
-            status = max(status, train_one_by_one(to_train, stop, progress.note))
-    if status > 1:
-        sys.exit(status)
-    if stop.value:
-        again = [argument for argument in arguments if not argument.startswith('--init_from=')]
-        print('\nstopped and saved; to go on: '
-              f'python train.py {shlex.join(again)} --init_from=resume')
-        sys.exit(128 + stop.value)
+            status = train_one_by_one(to_train, note)
+    if status == 2:
+        sys.exit(2)
+    if STOP.signal:
+        print('\nstopped and saved; the same command goes on')
+        sys.exit(128 + STOP.signal)
     if RANK == 0 and not c.eval_only and any(os.path.exists(run.path('log.jsonl')) for run in runs):
-        show_results(c.out_dir)
+        sample.show_results(c.out_dir)
+        print(f'to see this again: python sample.py {shlex.quote(c.out_dir)}')
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
-    sys.exit(status)
+    sys.exit(1 if 'diverged' in outcomes else status)
 
 
 if __name__ == '__main__':

@@ -1,13 +1,11 @@
 """
 The shape and the schedule of the experiments in the folders here: 3 layers, 96 wide, the paper's
-proportions. A run takes two minutes on one core; it goes on where it stopped, and is skipped where
-it is done:
+proportions. A run takes two minutes on one core; the same command goes on where it stopped:
 
     python prepare_data.py shakespeare
     python train.py config/small.py config/paper/table2.py
 """
 
-init_from = 'auto'
 seeds = [1, 2, 3]
 
 # d_ffn = 4 D, by default; d_low = D/12, D/6, D/3, 2 D/3

@@ -9,7 +9,6 @@ out_dir = 'out/lab'
 dataset = 'shakespeare'
 mlp = 'aoe,moe,dense'
 seeds = [7, 8, 9]
-init_from = 'auto'
 
 n_layer = 3
 n_head = 4
