@@ -1,42 +1,49 @@
-"""The verdict: who should score, a router or the experts, and what does each part of the paper's
-AoE cost or gain? Five variants, equal in parameters to 1 %, on 24 seeds that no other file uses:
+"""The verdict: who should score, a router or the experts, and which gate? The 2 x 2, equal in
+parameters to 1 %, and two more, on 20 seeds that no other file uses:
 
-    moe          a router scores
-    moe wide     its first weights are five times as large
-    aoe_whole    experts score themselves, by 16 of the 384 numbers of a whole gate
-    aoe          the paper's: by the 32 numbers between the two matrices of a factorised gate
-    aoe narrow   the same, by the first 8 of the 32
+                     whole gate     factorised gate
+    a router         moe            moe_factorised
+    the experts      aoe_whole      aoe              the paper's AoE
+
+    aoe_narrow   aoe, but 8 of its 32 numbers score
+    dense        one MLP, as large as the two experts that a token meets
 
 Named before the first run:
 
-- The loss is test_loss, of the last evaluation, minus that of moe on the same seed. Its mean over
-  seeds has a 95 % interval by Student's t.
-- Four comparisons are primary: each variant minus moe, with Holm's correction at 5 %. Two are
-  secondary, without it: aoe narrow minus aoe, and moe wide minus aoe_whole.
-- Better or worse: the interval excludes 0; sure, if it also survives Holm's correction. Level: all
-  of the interval lies within 0.005 of 0. Otherwise we can't tell.
-- Each variant has the learning rate that verdict_rates.py found. Nothing else is chosen. A run that
-  diverges is reported.
+- A loss is test_loss, of the last evaluation. Each seed gives one value of each effect; its mean
+  has a 95 % interval by Student's t.
+- Three effects are primary, with Holm's correction at 5 % (halves make each the mean of two
+  differences, or half the difference of two):
+    who scores    ((aoe_whole - moe) + (aoe - moe_factorised)) / 2
+    which gate    ((moe_factorised - moe) + (aoe - aoe_whole)) / 2
+    both          ((aoe - moe_factorised) - (aoe_whole - moe)) / 2, their interaction
+  Secondary, without it: aoe_narrow minus aoe, and each of the others minus moe.
+- Better or worse: the interval excludes 0. Level: all of it lies within 0.005 of 0. Otherwise we
+  can't tell.
+- Each variant has the learning rate that rates.py found by its rule. Nothing else is chosen. A run
+  that diverges is reported.
+- Nothing is looked at before all runs of a block of seeds are done.
 
     python prepare_data.py shakespeare
     python train.py config/small.py config/who_scores/verdict.py
+    python tests/tools/compare.py out/verdict --save=config/who_scores/verdict.jsonl
 
-Or in blocks of six seeds, on one machine and with one code (compare.py doesn't average over two):
-
-    python train.py config/small.py config/who_scores/verdict.py --seeds=401,402,403,404,405,406
-    cp out/verdict/results.jsonl config/who_scores/verdict.jsonl
-
-Blocks add up: results.jsonl keeps the lines of runs whose folders are gone. If all of out/ is gone,
-first copy verdict.jsonl back to out/verdict/results.jsonl.
+Or in blocks of seeds, on one machine and with one code: --seeds=501,502,503,504,505. Blocks add up:
+compare.py out/verdict config/who_scores/verdict.jsonl --save=config/who_scores/verdict.jsonl
 """
 out_dir = 'out/verdict'
 dtype = 'float32'
 aux_weight = 0.01
-seeds = range(401, 425)
+seeds = range(501, 521)
+# not yet those of rates.py: they are filled in when it has ended, before the first run
+_rates = dict.fromkeys(('moe', 'moe_factorised', 'aoe_whole', 'aoe', 'aoe_narrow', 'dense'), 2.8e-3)
 runs = {
-    'moe': {'mlp': 'moe', 'learning_rate': 2.8e-3},
-    'moe wide': {'mlp': 'moe', 'router_std': 0.1, 'learning_rate': 2.8e-3},
-    'aoe_whole': {'mlp': 'aoe', 'factorised': False, 'learning_rate': 2.8e-3},
-    'aoe': {'mlp': 'aoe', 'learning_rate': 1.4e-3},
-    'aoe narrow': {'mlp': 'aoe', 'd_judge': 8, 'learning_rate': 1.4e-3},
+    'moe': {'mlp': 'moe'},
+    'moe_factorised': {'mlp': 'moe', 'factorised': True},
+    'aoe_whole': {'mlp': 'aoe', 'factorised': False},
+    'aoe': {'mlp': 'aoe'},
+    'aoe_narrow': {'mlp': 'aoe', 'd_judge': 8},
+    'dense': {'mlp': 'dense'},
 }
+for _name, _rate in _rates.items():
+    runs[_name]['learning_rate'] = _rate
