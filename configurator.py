@@ -77,7 +77,9 @@ def print_help(cls, usage):
     `    n_layer: int = 4   # number of blocks` and `    # model` do."""
     print(usage.strip() + '\n\nKeys, with what they are by default; on the line as --key=value:\n')
     for parent in reversed(cls.__mro__[:-1]):            # the last is `object`
-        print(*re.findall(r'^    ((?:# |\w+: ).+)', inspect.getsource(parent), re.M), sep='\n')
+        for line in re.findall(r'^    ((?:# |\w+: ).+)', inspect.getsource(parent), re.M):
+            line = re.sub(' +# ', '   # ', line)
+            print(line if len(line) <= 80 else line.replace('   # ', '\n    # '))
 
 
 def typed(cls, key, value, where='--', note=''):

@@ -1,18 +1,19 @@
 """
 Turn a text into tokens on disk: data/<name>/train.bin, val.bin and meta.json.
 
-    python prepare_data.py                               # Shakespeare's works
-    python prepare_data.py prose_and_code                # Shakespeare and Python by turns
-    python prepare_data.py tinyshakespeare               # nanoGPT's 1 MB
-    python prepare_data.py my.txt                        # any text, to data/my
-    python prepare_data.py my.txt --tokenizer=gpt2       # to data/my_gpt2
-    python prepare_data.py a.txt b.py notes --name=all   # files, and a folder's .txt
+    python prepare_data.py                        # Shakespeare's works
+    python prepare_data.py prose_and_code         # Shakespeare and Python
+    python prepare_data.py tinyshakespeare        # nanoGPT's 1 MB
+    python prepare_data.py my.txt                 # any text, to data/my
+    python prepare_data.py my.txt --tokenizer=gpt2   # to data/my_gpt2
+    python prepare_data.py a.txt b.py notes --name=all   # files, a folder
     python prepare_data.py openwebtext --tokenizer=gpt2 --max_docs=100000
 
-A file is a document, and so is a row of openwebtext; empty ones are left out. Between two of them
-comes <|endoftext|> with gpt2, and a line end with char. Tokens are uint16; the last tenth of them
-is held out for validation. meta.json says what they mean (tokenizer, vocabulary, vocab_size), where
-they come from (source, sha256 of the joined text), and how many they are.
+A file is a document, and so is a row of openwebtext; empty ones are left out.
+Between two of them comes <|endoftext|> with gpt2, and a line end with char.
+Tokens are uint16; the last tenth of them is held out for validation. meta.json
+says what they mean (tokenizer, vocabulary, vocab_size), where they come from
+(source, sha256 of the joined text), and how many they are.
 """
 
 import glob
@@ -286,7 +287,8 @@ def prepare(paths, config):
         meta['vocabulary'] = ''.join(sorted(set(documents[0])))
     meta = write_data(folder, documents, meta, SHA256.get(paths[0]))
     print(f'{folder}: {meta["characters"]:,} characters, vocabulary {meta["vocab_size"]:,}, '
-          f'{meta["train_tokens"]:,} training tokens, {meta["val_tokens"]:,} for validation')
+          f'{meta["train_tokens"]:,} training tokens, {meta["val_tokens"]:,} for validation\n'
+          f'to train on it: python train.py --dataset={os.path.basename(folder)}')
 
 
 def main(arguments):

@@ -5,10 +5,11 @@ Look at what train.py has left behind. Of one run: a text that its model writes.
     python sample.py out/quick_start/moe --prompt="ROMEO." --temperature=0.8
     python sample.py out/quick_start/aoe --show_experts=True --layer=2
 
---show_experts=True colours each token by its first expert, which has the largest weight. It also
-writes experts.html beside best.pt, for a browser: all layers, what stands out in them, and for the
-token that you point at the scores of all experts. Of a folder of runs: their table and pictures,
-as at the end of train.py.
+--show_experts=True colours each token by its first expert, which has the
+largest weight. It also writes experts.html beside best.pt, for a browser: all
+layers, what stands out in them, and for the token that you point at the scores
+of all experts. Of a folder of runs: their table and pictures, as at the end of
+train.py.
 
     python sample.py out/quick_start
 """
@@ -115,27 +116,27 @@ def color_text(texts, experts):
         red, green, blue = bytes.fromhex(PALETTE[expert % 8][1:])
         return f'\033[48;2;{red};{green};{blue};30m{text}\033[0m'  # 48;2: a background; 30: black
     legend = ' '.join(paint(f' {expert} ', expert) for expert in sorted({*experts} - {None}))
-    painted = (paint(text.replace('\n', LINE_END), expert) + '\n' * text.count('\n')
-               for text, expert in zip(texts, experts))
+    painted = (paint(text.replace('\n', LINE_END).replace('\r', ' '), expert)
+               + '\n' * text.count('\n') for text, expert in zip(texts, experts))
     return f'expert {legend}   {LINE_END} line end\n\n{"".join(painted)}'
 
 
 def stand_outs(evaluation):
-    """What stands out in an evaluation of log.jsonl: for each layer the experts that handle more of
-    a class of characters than of all, by 25 points or more: [(expert, text), ...], such as
-    (3, '91 % of the line ends, 64 % of the capitals (25 % of all characters)')."""
+    """What stands out in an evaluation of log.jsonl: for each layer and expert the classes of
+    characters of which it handles more than of all, by 25 points or more; '' if there are none:
+
+        [['', '', '91 % of the line ends, 64 % of the capitals (25 % of all characters)', ''], ...]
+    """
     names, layers = (*CLASSES[:-1], 'digits and punctuation'), []
     for loads, per_token, class_load in zip(evaluation['load'], evaluation['experts_per_token'],
                                             evaluation['class_load']):
-        found = []
+        layers.append([])
         for expert, load in enumerate(loads):
             share = load * per_token                               # of all characters
             parts = sorted(zip([of_class[expert] for of_class in class_load], names), reverse=True)
             told = ', '.join(f'{100 * part:.0f} % of the {name}' for part, name in parts
                              if part - share >= 0.25)
-            if told:
-                found.append((expert, f'{told} ({100 * share:.0f} % of all characters)'))
-        layers.append(found)
+            layers[-1].append(f'{told} ({100 * share:.0f} % of all characters)' if told else '')
     return layers
 
 
@@ -155,11 +156,16 @@ def experts_page(texts, scores, weights, notes):
     def paint(text, expert, tip=''):
         color = '' if expert is None else f'color: black; background: {PALETTE[expert % 8]}'
         return f'<span style="{color}" title="{tip}">{text}</span>'
-    page = [PAGE_HEAD]
+    E, K = weights.shape[2], (weights > 0).sum(2).float().mean().item()
+    page = [PAGE_HEAD, f'<p>Each token goes to {K:.3g} experts, so the shares of a class of '
+            f'characters sum to {100 * K:.0f} %; where they are even, each is {100 * K / E:.0f} %.'
+            '</p>\n']
     for layer, (layer_scores, layer_weights) in enumerate(zip(scores.tolist(), weights.tolist())):
         page.append(f'<h2>Layer {layer + 1}</h2>\n')
-        for expert, text in notes[layer] if layer < len(notes) else ():
-            page.append(paint(f'&nbsp;expert {expert}&nbsp;', expert) + f' takes {text}<br>\n')
+        told = dict(enumerate(notes[layer])) if layer < len(notes) else {}
+        for expert in sorted(range(E), key=lambda expert: not told.get(expert)):
+            page.append(paint(f'&nbsp;expert {expert}&nbsp;', expert))
+            page.append(f' takes {told[expert]}<br>\n' if told.get(expert) else '\n')
         page.append('<pre>')
         for text, p, w in zip(texts, layer_scores, layer_weights):
             tip = [f'{expert}: {score:.2f}' + (f', weight {weight:.2f}' if weight else '')
@@ -177,8 +183,6 @@ def experts_page(texts, scores, weights, notes):
 def read_result(folder):
     """The result of the run in folder. Raises many kinds of Exception where there is none."""
     log = read_log(folder)
-    if not log:
-        raise ValueError('it stopped before its first evaluation')
     result = json.loads(read_text(os.path.join(folder, 'config.json')))
     lowest = min(entry['val_loss'] for entry in log)
     return checked({**result, 'lowest_val_loss': lowest, **log[-1], 'log': log})
@@ -188,7 +192,7 @@ def checked(result):
     """result, if it has what tables need. Raises many kinds of Exception if not."""
     numbers = [result[key] for key in ('iter', 'tokens', 'seconds', 'val_loss', 'lowest_val_loss')]
     if not (all(map(math.isfinite, numbers + result['ent_load'])) and is_run_name(result['run'])
-            and isinstance(result['seed'], int) and isinstance(result['recipe'], dict)):
+            and isinstance(result['seed'], int) and isinstance(result['recipe']['mlp'], str)):
         raise ValueError('no result')
     return result
 
@@ -199,8 +203,9 @@ def read_results(out_dir):
     results = []
     for name in sorted(os.listdir(out_dir)) if os.path.isdir(out_dir) else ():
         folder = os.path.join(out_dir, name)
-        # a run writes log.jsonl, then config.json: it has not begun where one is missing
-        if all(os.path.exists(os.path.join(folder, file)) for file in ('log.jsonl', 'config.json')):
+        files = [os.path.join(folder, file) for file in ('log.jsonl', 'config.json')]
+        if all(os.path.exists(file) and os.path.getsize(file) for file in files):
+            # else it is no run, or has not been evaluated yet
             try:
                 results.append(read_result(folder))
             except Exception as error:   # files can be damaged in many ways
@@ -208,8 +213,9 @@ def read_results(out_dir):
     if not results:
         inner = sorted({os.path.dirname(os.path.dirname(path))
                         for path in glob.glob(f'{glob.escape(out_dir)}/*/*/log.jsonl')})
-        raise UserError(f'expected a folder that holds runs, got none in {out_dir}; '
-                        f'there are some in {", ".join(inner) or "no folder in it, either"}')
+        hint = f'; there are some in {", ".join(inner)}' if inner else ''
+        raise UserError(f'expected a folder of runs that have been evaluated, got none in {out_dir}'
+                        f'{hint}')
     return results
 
 
@@ -404,6 +410,8 @@ def print_table(results, out_dir):
     if found:
         print('minus moe: mean and 95 % interval over the seeds; **bold** if it excludes 0',
               *notes_of(found), sep='\n')
+    if len({len(seeds) for seeds in runs.values()}) > 1:
+        print('seeds:', ', '.join(f'{name} has {len(seeds)}' for name, seeds in runs.items()))
     recipes = [first_of(seeds)['recipe'] for seeds in runs.values()]
     if differ := differing(recipes) - OF_THE_MLP:
         print(f'these runs differ in {", ".join(sorted(differ))}')
@@ -513,13 +521,15 @@ def draw_norm(runs, color):
 def draw_class(runs, color):
     """Who takes what: the share of each class of characters that each expert handled."""
     def panel(axes, name, log, layer):
+        even = log[-1]['experts_per_token'][layer] / len(log[-1]['load'][layer])
+        axes.set_title(f'{name}, layer {layer + 1}; even: {even:.2f}', fontsize=9)
         axes.set_yticks(range(len(CLASSES)), CLASSES, fontsize=8)
         image = axes.imshow(log[-1]['class_load'][layer], cmap='cividis', vmin=0, vmax=1,
                             aspect='auto')
         if layer == len(log[-1]['class_load']) - 1:
             axes.figure.colorbar(image, ax=axes)
-    return draw_panels(runs, 'class_load', 'expert; how much of a class of characters it handles',
-                       panel)
+    return draw_panels(runs, 'class_load', 'expert; how much of a class of characters it handles '
+                       '(a row sums to the experts of a token)', panel)
 
 
 PICTURES = {'loss.png': draw_loss, 'expert_load.png': draw_load, 'norm.png': draw_norm,
@@ -537,6 +547,9 @@ def main(arguments):
                         'out/quick_start/aoe, or of several, as python sample.py out/quick_start')
     if os.path.exists(os.path.join(folders[0], 'best.pt')):
         write_samples(folders[0], config)
+    elif os.path.exists(os.path.join(folders[0], 'config.json')):
+        raise UserError(f'{folders[0]}: expected a run that has been evaluated; train.py goes on '
+                        'with it')
     else:
         show_results(folders[0])
 

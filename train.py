@@ -1,22 +1,23 @@
 """
-Train a GPT whose MLP is aoe, moe or dense, on a CPU, on one GPU or on several, and show how the
-variants compare.
+Train a GPT whose MLP is aoe, moe or dense, on a CPU, on one GPU or on several,
+and show how the variants compare.
 
     python train.py config/quick_start.py             # four runs, side by side
-    python train.py config/quick_start.py --mlp=moe --max_iters=500 --out_dir=out/short
-    python train.py config/small.py --mlp=moe,aoe --seeds=1,2,3 --out_dir=out/mine
+    python train.py config/quick_start.py --mlp=moe --out_dir=out/moe
+    python train.py config/small.py --mlp=moe,aoe --seeds=1,2,3
     torchrun --nproc_per_node=8 train.py config/openwebtext.py   # eight GPUs
 
-Ctrl-C stops and saves; the same command goes on, and where all is done it prints the table again.
-Each run writes <out_dir>/<run>/config.json, log.jsonl (a line per evaluation), ckpt.pt (to go on
-from) and best.pt (the lowest validation loss). At the end sample.py draws all runs of <out_dir> and
-prints their table, which has a column `minus moe` where runs have seeds.
+Ctrl-C stops and saves; the same command goes on, and where all is done it
+prints the table again. Each run writes <out_dir>/<run>/config.json, log.jsonl
+(a line per evaluation), ckpt.pt (to go on from) and best.pt (the lowest
+validation loss). At the end sample.py draws all runs of <out_dir> and prints
+their table, which has a column `minus moe` where runs have seeds.
 
 Three parts, to be read in this order:
 
     1. one run         its keys, its data, what is measured, the loop
     2. its files       what shaped it; saving, and going on
-    3. several runs    from keys to runs; side by side on the cores of a CPU; main
+    3. several runs    from keys to runs; side by side on a CPU's cores; main
 """
 
 import contextlib
@@ -230,7 +231,7 @@ def evaluate(model, data, autocast, splits=('train', 'val')):
     found = {'load': load, 'ent_load': torch.special.entr(load).sum(1),        # Eq. 7
              'experts_per_token': total['used'].sum(1) / total['tokens']}
     for key in {'ent_conf', 'aux_loss', 'norm'} & total.keys():
-        found[key] = total[key] / len(measured)                    # the mean over batches
+        found[key] = (total[key] / len(measured)).nan_to_num()     # the mean over batches
     if 'handled' in total:
         found['class_load'] = (total['handled'] / total['of_class']).nan_to_num()
     return entry | {key: value.tolist() for key, value in found.items()}
@@ -357,12 +358,14 @@ def one_iteration(state):
 
 
 def look_and_save(state, ended, stopped):
-    """Evaluate the model and save the run. One that is stopped, or was evaluated at this iteration
-    before it went on, is only saved."""
+    """Evaluate the model and save the run. One that stops is only saved; one that goes on from an
+    evaluation needs neither."""
     c, log = state.config, state.log
-    if (stopped and not ended) or (log and log[-1]['iter'] == state.iteration):
-        refuse_not_finite(state)
-        save(state)
+    evaluated = log and log[-1]['iter'] == state.iteration
+    if evaluated or (stopped and not ended):
+        if ended or stopped:
+            refuse_not_finite(state)
+            save(state)
         return
     splits = ('train', 'val', 'test') if ended else ('train', 'val')
     log.append({'iter': state.iteration, 'tokens': state.iteration * c.tokens_per_iter,
@@ -490,7 +493,8 @@ def load_checkpoint(config, device, mmap=False):
     path = config.path('ckpt.pt')
     if not os.path.exists(path):
         return None
-    with expecting(f'{path}: expected a checkpoint of train.py; --name= trains anew'):
+    with expecting(f'{path}: expected a whole checkpoint of train.py; --out_dir= or --name= trains '
+                   f'anew, or remove {config.folder}'):
         saved = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
         if not {'recipe', 'iter', 'seconds', 'log', 'optimizer'} <= saved.keys():
             raise ValueError('other contents')
@@ -531,19 +535,22 @@ def refuse_another_recipe(config, old, now):
     wrong = [f'{key} was {old.get(key)} and is {now[key]}' for key in changed_keys(old, now)
              if key not in MAY_CHANGE]
     if wrong and not config.eval_only:
-        raise UserError(f'{config.folder} holds another run: {", ".join(wrong)}; --out_dir= or '
-                        f'--name= trains anew, or remove {config.folder}')
+        longer = len(wrong) == 1 and wrong[0].startswith('lr_decay_iters')
+        goes_on = f'; --lr_decay_iters={old["lr_decay_iters"]} goes on with it' if longer else ''
+        raise UserError(f'{config.folder} holds another run: {", ".join(wrong)}{goes_on}; '
+                        f'--out_dir= or --name= trains anew, or remove {config.folder}')
 
 
 def outcome_of(config):
     """What has become of a run by its config.json: 'done', 'diverged', or None where it has
-    iterations to go. Raises UserError."""
+    iterations to go, or a file is gone, which is then written anew. Raises UserError."""
     path = config.path('config.json')
-    with expecting(f'{path}: expected one of train.py; remove it'):
+    with expecting(f'{path}: expected one of train.py; remove this file, and the run goes on'):
         result = json.loads(configurator.read_text(path)) if os.path.exists(path) else {}
         if 'diverged' in result:
             return 'diverged'
-        return 'done' if result.get('iter') == config.max_iters else None
+        whole = all(os.path.exists(config.path(file)) for file in ('log.jsonl', 'best.pt'))
+        return 'done' if whole and result.get('iter') == config.max_iters else None
 
 
 def settle(config, jobs):
@@ -560,6 +567,8 @@ def settle(config, jobs):
     saved = load_checkpoint(c, 'cpu', mmap=True) or {'recipe': {}, 'iter': 0}
     c.threads = c.threads or max(1, configurator.usable_cores() // max(jobs, WORLD_SIZE))
     c.vocab_size = c.vocab_size or meta['vocab_size']
+    if c.eval_only:                      # which has no schedule
+        c.lr_decay_iters = saved['recipe'].get('lr_decay_iters')
     c.lr_decay_iters = c.lr_decay_iters or c.max_iters
     if c.dtype == 'auto':
         c.dtype = saved['recipe'].get('dtype') or configurator.fast_dtype(device)
@@ -591,7 +600,8 @@ def refuse_misfits(config, meta, iteration):
     files = os.listdir(c.folder) if os.path.isdir(c.folder) else []
     if c.eval_only and 'ckpt.pt' not in files:
         raise UserError(f'eval_only: expected a run in {c.folder}; train it first')
-    if 'ckpt.pt' not in files and any(not file.endswith('.part') for file in files):
+    files = [file for file in files if not (file.endswith('.part') or file.startswith('.'))]
+    if files and 'ckpt.pt' not in files:
         raise UserError(f'{c.folder}: expected a new folder, or a run and its ckpt.pt, got '
                         f'{files}; --name= or --out_dir= leaves it alone')
 
@@ -606,7 +616,7 @@ def keys_of(files):
         later = configurator.read_config_file(TrainConfig, file)
         if 'mlp' in later:
             keys.pop('runs', None)
-        for run_keys in keys.get('runs', {}).values():
+        for run_keys in (keys.get('runs') or {}).values():
             for key in run_keys.keys() & later.keys():
                 del run_keys[key]
         keys |= later
@@ -699,7 +709,8 @@ def train_one(text):
         STOP.signal = signal.SIGTERM
 
     def note(tokens, loss):
-        print(f'{NOTE}{tokens} {loss}\n', end='')                  # at once, in one piece
+        with contextlib.suppress(BrokenPipeError):                 # stdin has ended, too
+            os.write(1, f'{NOTE}{tokens} {loss}\n'.encode())
     threading.Thread(target=wait_for_the_end_of_stdin, daemon=True).start()
     status = train_one_by_one([TrainConfig(**json.loads(text))], note)
     sys.exit(status or (128 + STOP.signal if STOP.signal else 0))
@@ -725,13 +736,14 @@ def train_side_by_side(runs, jobs, note):
                     note(int(tokens), float(loss))
                 else:
                     tell(line.rstrip('\n'))
-        if process.returncode == 2 and not STOP.signal:
+        status = process.returncode
+        if status == 128 + signal.SIGTERM and STOP.signal:         # it has stopped, saved
+            return 0
+        if status == 2 and not STOP.signal:
             stop(signal.SIGTERM)
-        if process.returncode in (0, 1, 2):
-            return process.returncode
-        if not STOP.signal:
+        if status not in (0, 1, 2) and not STOP.signal:
             tell(f'error: {run.folder}: its process was killed; the same command goes on with it')
-        return 1
+        return status if status in (0, 1, 2) else 1
     with ThreadPoolExecutor(jobs) as pool:                         # a thread waits for each
         return max(pool.map(train_apart, runs), default=0)
 
@@ -739,11 +751,11 @@ def train_side_by_side(runs, jobs, note):
 def stop(number, _=None):
     """What Ctrl-C, and the SIGTERM of Slurm and Docker, do: this process and the others that it has
     started stop between two iterations, saved. A second Ctrl-C ends at once."""
-    if STOP.signal:
+    if STOP.signal and number == signal.SIGINT:
         for process in STOP.others:
             process.kill()
         raise KeyboardInterrupt
-    STOP.signal = number
+    STOP.signal = STOP.signal or number
     for process in STOP.others:
         process.stdin.close()
     if number == signal.SIGINT:
@@ -788,7 +800,7 @@ def main(arguments):
     if status == 2:
         sys.exit(2)
     if STOP.signal:
-        print('\nstopped and saved; the same command goes on')
+        print(f'\nstopped{" and saved" if status == 0 else ""}; the same command goes on')
         sys.exit(128 + STOP.signal)
     if RANK == 0 and not c.eval_only and any(os.path.exists(run.path('log.jsonl')) for run in runs):
         sample.show_results(c.out_dir)

@@ -1,6 +1,7 @@
 """
 Does the gap close with size? Width D 48, 96 and 192, with heads of 24 numbers, the
-same tokens, L_aux, and for each the learning rate that was best in learning_rate.py:
+same tokens, L_aux, and for each the learning rate that was best in learning_rate.py of
+commit eb42c98:
 
     python train.py config/small.py config/how_far/sizes.py
 """

@@ -97,14 +97,18 @@ def effects_of(runs, config):
             sides[sign] += [run for run in runs if run == word or run.startswith(f'{word} (')]
         used = [runs[run] for run in sides['+'] + sides['-']]
         if len(used) != len(words) // 2 or not sides['-']:
-            raise UserError(f'effect: expected as in "a + b - c - d" names of {", ".join(runs)}, '
-                            f'got {terms.strip()!r}')
+            raise UserError(f'effect: expected as in "a + b - c - d" names of '
+                            f'{", ".join(runs):.200}, each of one run, got {terms.strip()!r}')
         recipes = [first_of(seeds)['recipe'] | {'iter': first_of(seeds)['iter']} for seeds in used]
         differ = differing(recipes) - OF_THE_MLP
+        # a longer run may be meant, but none that was stopped
+        stopped = 'iter' in differ and any(recipe['iter'] != recipe.get('lr_decay_iters')
+                                           for recipe in recipes)
         seeds = sorted(set.intersection(*map(set, used)))
-        if not seeds or differ & {*AGREE} or any('diverged' in first_of(seeds) for seeds in used):
-            raise UserError(f'effect: expected runs of one text, with the same windows and seeds, '
-                            f'that ended, got {terms.strip()}')
+        if (not seeds or stopped or differ & {*AGREE}
+                or any('diverged' in first_of(of_run) for of_run in used)):
+            raise UserError('effect: expected runs of one text, with the same windows and seeds, '
+                            f'that have ended, got {terms.strip()}')
         mean = {sign: {seed: statistics.mean(runs[run][seed][config.loss] for run in side)
                        for seed in seeds} for sign, side in sides.items()}
         found[name.strip() or terms.strip()] = Difference(
@@ -158,7 +162,7 @@ def rows_of(runs, found, config):
     columns = 3 if config.minus is None else 5 if config.short else 8
     yield ('run', 'seeds', config.loss.replace('_', ' '), f'minus {config.minus}', 'seeds better',
            'Ent_load by layer', 'Ent_conf by layer', 'norms, max / min')[:columns]
-    for name, seeds in runs.items():
+    for name, seeds in sorted(runs.items(), key=lambda run: run[0] in found):  # first the bases
         minus = found[name].minus.values() if name in found else ()
         yield (name, str(len(seeds)), loss_of(seeds, config), difference_as_text(found.get(name)),
                f'{sum(loss < 0 for loss in minus)} of {len(minus)}' if minus else '-',
@@ -166,11 +170,13 @@ def rows_of(runs, found, config):
 
 
 def rows_of_effects(found, config):
-    yield 'effect', 'seeds', config.loss.replace('_', ' '), 'in percent', 'seeds better', 'p'
+    loss = config.loss.replace('_', ' ')
+    yield 'effect', 'seeds', f'in {loss}', 'in percent', 'seeds better', 'p'
     for name, difference in found.items():
         minus = list(difference.minus.values())
         yield (name, str(len(minus)), difference_as_text(difference), in_words(difference),
-               f'{sum(loss < 0 for loss in minus)} of {len(minus)}', p_as_text(p_value(minus)))
+               f'{sum(loss < 0 for loss in minus)} of {len(minus)}',
+               p_as_text(p_value(minus)) if len(minus) > 1 else '-')
 
 
 def print_comparison(runs, found, config):
