@@ -367,7 +367,8 @@ class GPT(nn.Module):
         routings = []
         for block in self.blocks:
             inputs = (x, self.cos[:S], self.sin[:S])
-            if self.config.recompute:    # backward calls the block again, with the weights it has
+            if self.config.recompute:
+                # backward calls the block again, with its own weights: not for torch.func
                 x, routing = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x, routing = block(*inputs)
@@ -481,7 +482,8 @@ def sort_by_expert(I, w, E):
         # with rules other than top_k most places are nobody's: drop these, and wait for the GPU
         somebody = expert >= 0
         expert, weight, token = expert[somebody], weight[somebody], token[somebody]
-    expert = expert.masked_fill(expert < 0, E - 1)       # nobody has weight 0: any expert may do it
+    weight = weight.masked_fill(expert < 0, 0)           # nobody's rows weigh nothing,
+    expert = expert.masked_fill(expert < 0, E - 1)       # so any expert may compute them
     padding = padding_of(expert, E)
     expert, order = torch.cat([expert, padding]).sort(stable=True)
     token = F.pad(token, (0, len(padding)))[order]                 # padding is of token 0

@@ -97,9 +97,10 @@ LINE_END = '\u00b6'                      # a line end is a token, too, and drawn
 def watch_experts(model, tokens):
     """All experts' scores and weights (L, S, E) for tokens (S,); an expert that isn't chosen weighs
     0. As in training they are read in windows of block_size, of which the first token has no
-    context. (When generate drew them, each had more.)"""
-    windows = [model(window[None])[2][:3] for window in tokens.split(model.config.block_size)]
-    scores, chosen, weights = (torch.cat(parts, dim=1) for parts in zip(*windows))
+    context."""
+    routings = [model(window[None])[2] for window in tokens.split(model.config.block_size)]
+    scores, chosen, weights, _ = zip(*routings)
+    scores, chosen, weights = (torch.cat(part, dim=1) for part in (scores, chosen, weights))
     return scores, torch.zeros_like(scores).scatter_add(2, chosen.clamp(min=0), weights)
 
 
@@ -115,7 +116,8 @@ def color_text(texts, experts):
             return text
         red, green, blue = bytes.fromhex(PALETTE[expert % 8][1:])
         return f'\033[48;2;{red};{green};{blue};30m{text}\033[0m'  # 48;2: a background; 30: black
-    legend = ' '.join(paint(f' {expert} ', expert) for expert in sorted({*experts} - {None}))
+    taken = sorted(set(experts) - {None})
+    legend = ' '.join(paint(f' {expert} ', expert) for expert in taken)
     painted = (paint(text.replace('\n', LINE_END).replace('\r', ' '), expert)
                + '\n' * text.count('\n') for text, expert in zip(texts, experts))
     return f'expert {legend}   {LINE_END} line end\n\n{"".join(painted)}'
@@ -130,13 +132,14 @@ def stand_outs(evaluation):
     names, layers = (*CLASSES[:-1], 'digits and punctuation'), []
     for loads, per_token, class_load in zip(evaluation['load'], evaluation['experts_per_token'],
                                             evaluation['class_load']):
-        layers.append([])
+        texts = []
         for expert, load in enumerate(loads):
             share = load * per_token                               # of all characters
             parts = sorted(zip([of_class[expert] for of_class in class_load], names), reverse=True)
             told = ', '.join(f'{100 * part:.0f} % of the {name}' for part, name in parts
                              if part - share >= 0.25)
-            layers[-1].append(f'{told} ({100 * share:.0f} % of all characters)' if told else '')
+            texts.append(f'{told} ({100 * share:.0f} % of all characters)' if told else '')
+        layers.append(texts)
     return layers
 
 
@@ -156,16 +159,14 @@ def experts_page(texts, scores, weights, notes):
     def paint(text, expert, tip=''):
         color = '' if expert is None else f'color: black; background: {PALETTE[expert % 8]}'
         return f'<span style="{color}" title="{tip}">{text}</span>'
-    E, K = weights.shape[2], (weights > 0).sum(2).float().mean().item()
-    page = [PAGE_HEAD, f'<p>Each token goes to {K:.3g} experts, so the shares of a class of '
-            f'characters sum to {100 * K:.0f} %; where they are even, each is {100 * K / E:.0f} %.'
-            '</p>\n']
+    E, per_token = weights.shape[2], (weights > 0).sum(2).float().mean().item()
+    page = [PAGE_HEAD, f'<p>Each token goes to {per_token:.3g} experts, so the shares of a class '
+            f'sum to {100 * per_token:.0f} %; an even one is {100 * per_token / E:.0f} %.</p>\n']
     for layer, (layer_scores, layer_weights) in enumerate(zip(scores.tolist(), weights.tolist())):
         page.append(f'<h2>Layer {layer + 1}</h2>\n')
-        told = dict(enumerate(notes[layer])) if layer < len(notes) else {}
-        for expert in sorted(range(E), key=lambda expert: not told.get(expert)):
+        for note, expert in sorted(zip(notes[layer], range(E)), key=lambda pair: pair[0] == ''):
             page.append(paint(f'&nbsp;expert {expert}&nbsp;', expert))
-            page.append(f' takes {told[expert]}<br>\n' if told.get(expert) else '\n')
+            page.append(f' takes {note}<br>\n' if note else '\n')    # without a note they come last
         page.append('<pre>')
         for text, p, w in zip(texts, layer_scores, layer_weights):
             tip = [f'{expert}: {score:.2f}' + (f', weight {weight:.2f}' if weight else '')
@@ -230,20 +231,21 @@ def group(results):
     groups = []                          # (name, what its results have in common, {seed: result})
     for result in results:
         end = 'diverged' if 'diverged' in result else 'iter'
-        common = result['recipe'] | {'seed': None, end: result[end]}
-        common = {key: value for key, value in common.items() if value is not None}
+        common = {key: value for key, value in result['recipe'].items()
+                  if key != 'seed' and value is not None} | {end: result[end]}
         seeds = next((seeds for name, other, seeds in groups
                       if name == result['run'] and other == common), None)
         if seeds is None:
-            groups.append((result['run'], common, seeds := {}))
+            seeds = {}
+            groups.append((result['run'], common, seeds))
         seeds[result['seed']] = result
     furthest = max(result['iter'] for result in results)
 
     def label(name, common):
-        keys = differing([other for twin, other, _ in groups if twin == name])
+        keys = differing([other for other_name, other, _ in groups if other_name == name])
         keys -= {'iter', 'diverged'}
-        if 'diverged' in common or common['iter'] < furthest:
-            keys |= {'iter', 'diverged'} & {*common}
+        if common.get('iter') != furthest:                         # how far it is, or was
+            keys.add('diverged' if 'diverged' in common else 'iter')
         notes = [f'{key} {common.get(key)}' for key in sorted(keys)]
         return f'{name} ({", ".join(notes)})' if notes else name
     return {label(name, common): seeds for name, common, seeds in groups}
@@ -267,13 +269,12 @@ def first_of(seeds):
 AGREE = ('sha256', 'train_tokens', 'val_tokens', 'block_size', 'batch_size', 'eval_iters',
          'gradient_accumulation_steps')
 # these make one MLP another, so they may differ without a word; what else differs is told
-OF_THE_MLP = {'mlp', 'factorised', 'router', 'router_std', 'd_low', 'd_judge', 'seed'}
-RATES = {'learning_rate', 'min_lr'}      # of several bases they are the last to decide
+OF_THE_MLP = {'mlp', 'factorised', 'router', 'router_std', 'd_low', 'd_judge'}
 
 
 class Difference(NamedTuple):
-    """What a run's losses are above those of another, its base."""
-    base: str                # the base
+    """A run's losses minus those of another, its base, seed by seed."""
+    base: str                # the name of the run that is subtracted
     differ: list             # the keys of the recipe that differ, besides those of the MLP
     minus: dict              # seed -> loss minus that of the base with the same seed
     base_loss: float         # the mean loss of the base on these seeds
@@ -287,42 +288,48 @@ def is_plain_moe(recipe):
             and recipe.get('router_std') in (None, GPTConfig.router_std))
 
 
-def minus(seeds, base, base_seeds, loss):
-    """The Difference of a run from the one called base, by their {seed: result}; None where the two
-    can't be compared."""
-    one, other = first_of(seeds), first_of(base_seeds)
-    recipe, base_recipe = one['recipe'], other['recipe']
+def is_base(name, recipe, base):
+    """Whether a run is one to be subtracted: for 'moe' a plain moe, whatever it is called; for
+    another base the run called so, or labelled so by group."""
+    return is_plain_moe(recipe) if base == 'moe' else name.partition(' (')[0] == base
+
+
+def difference_from(base, base_seeds, seeds, loss):
+    """The Difference of a run from base, by the {seed: result} of both; None where they can't be
+    compared."""
+    one, base_one = first_of(seeds), first_of(base_seeds)
+    recipe, base_recipe = one['recipe'], base_one['recipe']
     common = sorted(seeds.keys() & base_seeds.keys())
-    if (not common or one['iter'] != other['iter'] or 'diverged' in {*one, *other}
+    if (not common or one['iter'] != base_one['iter'] or 'diverged' in one or 'diverged' in base_one
             or any(recipe.get(key) != base_recipe.get(key) for key in AGREE)):
         return None
-    losses = {seed: base_seeds[seed][loss] for seed in common}
-    return Difference(base, sorted(differing([recipe, base_recipe]) - OF_THE_MLP),
-                      {seed: seeds[seed][loss] - losses[seed] for seed in common},
-                      statistics.mean(losses.values()), sorted(seeds.keys() ^ base_seeds.keys()))
+    base_losses = {seed: base_seeds[seed][loss] for seed in common}
+    return Difference(base, sorted(differing([recipe, base_recipe]) - OF_THE_MLP - {'seed'}),
+                      {seed: seeds[seed][loss] - base_losses[seed] for seed in common},
+                      statistics.mean(base_losses.values()),
+                      sorted(seeds.keys() ^ base_seeds.keys()))
 
 
 def differences(runs, base='moe', loss='lowest_val_loss'):
-    """Run -> its Difference from the run called base, on the seeds that both have; for 'moe' from a
-    plain moe, whatever it is called. Of several each run is compared with the one that differs
-    least: an aoe with one expert with the moe with one."""
-    bases = [name for name, seeds in runs.items()
-             if (is_plain_moe(first_of(seeds)['recipe']) if base == 'moe'
-                 else name == base or name.startswith(f'{base} ('))]
+    """Run -> its Difference from base, on the seeds that both have. Where several runs are a base,
+    each is compared with the one that differs least: an aoe with one expert with the moe with one.
+    """
+    def unlikeness(difference):
+        differ = set(difference.differ)
+        return len(differ - {'learning_rate', 'min_lr'}), len(differ)      # rates decide last
 
-    def unlikeness(difference):          # rates last
-        return len({*difference.differ} - RATES), len(difference.differ)
+    bases = [name for name in runs if is_base(name, first_of(runs[name])['recipe'], base)]
     found = {}
     for name, seeds in runs.items():
-        candidates = [minus(seeds, other, runs[other], loss) for other in bases]
+        candidates = [difference_from(other, runs[other], seeds, loss) for other in bases]
         if name not in bases and any(candidates):
             found[name] = min(filter(None, candidates), key=unlikeness)
     return found
 
 
 def student(n):
-    """Student's t with n - 1 degrees of freedom: angles a, and for each the probability that t lies
-    within ± sqrt(n - 1) tan(a). (Written in a, the density of t is cos(a)^(n - 2).)"""
+    """Student's t with n - 1 degrees of freedom, to be taken on trust: angles a, and for each the
+    probability that t lies within ± sqrt(n - 1) tan(a). (In a, the density is cos(a)^(n - 2).)"""
     angle = np.linspace(0, math.pi / 2, 100_001)
     density = np.cos(angle) ** (n - 2)
     within = np.append(0, np.cumsum(density[1:] + density[:-1]))   # up to a factor
@@ -330,12 +337,13 @@ def student(n):
 
 
 def half_interval(values):
-    """Half a 95 % interval of the mean of values; infinite for a single one."""
+    """Half a 95 % interval of the mean of values: t s / sqrt(n), where Student's t is 12.7 for two
+    values, 4.3 for three, 2.1 for 24. Infinite for a single one."""
     n = len(values)
     if n < 2:
         return math.inf
     angle, within = student(n)
-    t = math.sqrt(n - 1) * math.tan(np.interp(0.95, within, angle))   # 12.7 for n = 2, 2.1 for 24
+    t = math.sqrt(n - 1) * math.tan(np.interp(0.95, within, angle))
     return t * statistics.stdev(values) / math.sqrt(n)
 
 
@@ -413,7 +421,7 @@ def print_table(results, out_dir):
     if len({len(seeds) for seeds in runs.values()}) > 1:
         print('seeds:', ', '.join(f'{name} has {len(seeds)}' for name, seeds in runs.items()))
     recipes = [first_of(seeds)['recipe'] for seeds in runs.values()]
-    if differ := differing(recipes) - OF_THE_MLP:
+    if differ := differing(recipes) - OF_THE_MLP - {'seed'}:
         print(f'these runs differ in {", ".join(sorted(differ))}')
     for name, seeds in runs.items():
         last = statistics.mean(losses_of(seeds, 'val_loss'))
@@ -586,10 +594,11 @@ def write_samples(folder, config):
         else:
             print(tokenizer.decode(tokens.tolist()))
     if config.show_experts:              # a page of the last text
-        try:                             # best.pt is of the evaluation with the lowest loss
+        try:                             # best.pt is of the latest of the lowest losses
             notes = stand_outs(min(reversed(read_log(folder)), key=lambda entry: entry['val_loss']))
         except (ValueError, KeyError, TypeError, IndexError):      # its log is gone, or damaged
             notes = []
+        notes = notes or [[''] * model.config.n_expert] * n_layer  # tokens are no characters
         path = os.path.join(folder, 'experts.html')
         write_text(path, experts_page(texts, scores, weights, notes))
         print(f'\nto open in a browser: {path}')

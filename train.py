@@ -62,7 +62,7 @@ class TrainConfig(GPTConfig):
     """Every key of a run: those of the model, then these."""
     # training
     batch_size: int = 16                 # sequences of block_size tokens, in the model at once
-    gradient_accumulation_steps: int = 1   # batches in an iteration; each has an L_aux of its own
+    gradient_accumulation_steps: int = 1   # batches in an iteration; their gradients are averaged
     max_iters: int = 2000                # iterations, one step of the optimizer each
     learning_rate: float = 2e-3          # the highest, reached after the warm-up
     min_lr: float | None = None          # the lowest; None: a tenth of learning_rate
@@ -78,7 +78,7 @@ class TrainConfig(GPTConfig):
     eval_interval: int = 250             # iterations between evaluations
     eval_iters: int = 50                 # batches in an evaluation, the same every time
     eval_only: bool = False              # evaluate the checkpoint that is there and write nothing
-    log_interval: int = 10               # iterations between looks at the loss: is it finite?
+    log_interval: int = 10               # iterations between losses in the bar, weights checked
     # data
     dataset: str = 'shakespeare'         # the folder of data_dir to train on
     data_dir: str = 'data'               # where prepare_data.py wrote it
@@ -102,6 +102,7 @@ class TrainConfig(GPTConfig):
             self.min_lr = self.learning_rate / 10
         if self.name is None:
             self.name = self.mlp
+        # None passes: settle fills it in
         expect(self, ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters',
                       'log_interval', 'max_iters', 'learning_rate', 'lr_decay_iters', 'threads',
                       'jobs'), 'a positive number', lambda n: 0 < n < 2**31)
@@ -166,17 +167,17 @@ class Data:
     def eval_batches(self, split):
         """At most eval_iters batches of windows spread evenly over the text, the same for all runs.
         split: 'train', 'val', or 'test', windows of the validation text halfway between those of
-        'val', for one evaluation at the end. A short text has no room for any."""
+        'val', for one evaluation at the end. A short text has no room for windows of 'test'."""
         size, S = self.config.batch_size, self.config.block_size
         source = 'val' if split == 'test' else split
         tokens = len(self.tokens[source])
         n = min(self.config.eval_iters, math.ceil(tokens / (size * S)))   # once each is enough
         starts = np.linspace(0, tokens - S - 1, n * size, dtype=np.int64)
         if split == 'test':
-            between = (starts[:-1] + starts[1:]) // 2
+            # a window is S + 1 tokens long: between two that begin 2 (S + 1) apart another has room
             room = len(starts) > 1 and np.diff(starts).min() >= 2 * (S + 1)
             n = n - 1 if room else 0     # there is one place fewer than windows, so a batch fewer
-            starts = between[:n * size]
+            starts = (starts[:-1] + starts[1:])[:n * size] // 2
         for batch in starts.reshape(n, size):
             yield self.batch(source, batch)
 
@@ -188,11 +189,11 @@ def measure(routing, classes, config):
     classes (T,): the place in CLASSES of each token; None where the tokens are no characters."""
     E = config.n_expert
     chosen = routing.chosen.masked_fill(routing.chosen < 0, E)     # -1, nobody, becomes E
-    used = F.one_hot(chosen, E + 1).sum(2)[..., :E].float()        # 1 where chosen: (L, T, E)
+    used = F.one_hot(chosen, E + 1).sum(2)[..., :E].float()        # summed over K: (L, T, E)
     measured = {
         'tokens': torch.tensor(used.shape[1]),                     # T
         'used': used.sum(1),                                       # T f of Eq. 6: (L, E)
-        # Eq. 8: (L,); entr, unlike `entropy`, allows a score of -inf, as an edited p may have
+        # Eq. 8: (L,); entr is 0 for a probability of 0, as your own score of -inf gives
         'ent_conf': torch.special.entr(routing.scores.softmax(-1)).sum(-1).mean(1),
         'aux_loss': routing.aux_loss.sum()}
     if config.mlp == 'aoe':
@@ -231,7 +232,7 @@ def evaluate(model, data, autocast, splits=('train', 'val')):
     found = {'load': load, 'ent_load': torch.special.entr(load).sum(1),        # Eq. 7
              'experts_per_token': total['used'].sum(1) / total['tokens']}
     for key in {'ent_conf', 'aux_loss', 'norm'} & total.keys():
-        found[key] = (total[key] / len(measured)).nan_to_num()     # the mean over batches
+        found[key] = total[key] / len(measured)                    # the mean over batches
     if 'handled' in total:
         found['class_load'] = (total['handled'] / total['of_class']).nan_to_num()
     return entry | {key: value.tolist() for key, value in found.items()}
@@ -243,8 +244,8 @@ class RunFailed(UserError):
     """A run has diverged. The other runs go on."""
 
 
-# signal: the number of the one that asks to stop, 0: none yet; others: processes to be stopped, too
-STOP = SimpleNamespace(signal=0, others=[])
+# the number of the signal that asks to stop, 0: none yet; and the processes that part 3 has started
+STOP = SimpleNamespace(number=0, children=[])
 
 
 def learning_rate_at(iteration, config):
@@ -278,12 +279,14 @@ class State:
     forward: torch.nn.Module             # the model; compiled, or shared by processes
     optimizer: torch.optim.Optimizer
     autocast: torch.autocast
+    # float16 has few exponents: losses are scaled up, gradients back, and a step is skipped and the
+    # scale halved where something overflowed. For other dtypes the scaler does nothing.
     scaler: torch.amp.GradScaler
     iteration: int = 0
     seconds: float = 0.0                 # of training, without evaluations
     log: list = field(default_factory=list)        # its evaluations, as in log.jsonl
     recipe: dict = field(default_factory=dict)     # what shapes its result: part 2
-    stamp: int | None = None             # when this process has read or written its ckpt.pt
+    ckpt_time: int | None = None         # of its ckpt.pt, as this process has left it: part 2
 
 
 def begin(config, device, data):
@@ -294,12 +297,10 @@ def begin(config, device, data):
     forward = torch.compile(model) if c.compile else model
     if WORLD_SIZE > 1:
         forward = torch.nn.parallel.DistributedDataParallel(forward)
-    return State(
-        c, device, data, model, forward, make_optimizer(model, c, device),
-        torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
-        # float16 has few exponents: losses are scaled up, gradients back, and a step is skipped and
-        # the scale halved where something overflowed. For other dtypes the scaler does nothing.
-        torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
+    return State(config=c, device=device, data=data, model=model, forward=forward,
+                 optimizer=make_optimizer(model, c, device),
+                 autocast=torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+                 scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
 
 
 def train(config, note):
@@ -308,19 +309,22 @@ def train(config, note):
     c, device = config, configurator.choose_device(config.device)
     configurator.keep_freed_memory()     # of the C library: a quarter of a step's time on a CPU
     torch.set_num_threads(c.threads)
+    with expecting(f'out_dir: expected a folder to write to, {c.folder!r}'):
+        os.makedirs(c.folder, exist_ok=True)
     state = begin(c, device, Data(c, device))
+    state.recipe = recipe_of(c, state.data.meta, device)
     go_on(state)                         # from its checkpoint, if it has one: part 2
     tell(description(state))
     if c.eval_only:
         entry = evaluate(state.model, state.data, state.autocast)
         tell(report(c, {'iter': state.iteration, **entry}))
         return
-    clock = time.perf_counter()
+    clock, noted = time.perf_counter(), state.iteration
     while True:
-        ended, stopped = state.iteration >= c.max_iters, STOP.signal > 0
+        ended, stopped = state.iteration >= c.max_iters, STOP.number > 0
         if RANK == 0 and (ended or stopped or state.iteration % c.eval_interval == 0):
             state.seconds += time.perf_counter() - clock           # the clock leaves evaluation out
-            look_and_save(state, ended, stopped)
+            evaluate_and_save(state, ended, stopped)
             clock = time.perf_counter()
         if ended or stopped:
             return
@@ -329,7 +333,8 @@ def train(config, note):
         state.iteration += 1
         if state.iteration % c.log_interval == 0:
             refuse_not_finite(state)
-            note(c.log_interval * c.tokens_per_iter, loss.item())
+            note((state.iteration - noted) * c.tokens_per_iter, loss.item())
+            noted = state.iteration
 
 
 def one_iteration(state):
@@ -346,7 +351,7 @@ def one_iteration(state):
         if WORLD_SIZE > 1:               # processes average their gradients once an iteration
             state.forward.require_backward_grad_sync = micro_step == micro_steps[-1]
         with state.autocast:
-            # [1:] keeps no name for the logits, the largest tensor: backward doesn't need them
+            # [1:]: logits, the largest tensor, aren't kept: backward doesn't need them
             loss, routing = state.forward(idx, targets)[1:]
         state.scaler.scale((loss + routing.aux_loss.sum()) / len(micro_steps)).backward()
     state.scaler.unscale_(state.optimizer)
@@ -357,15 +362,15 @@ def one_iteration(state):
     return loss
 
 
-def look_and_save(state, ended, stopped):
-    """Evaluate the model and save the run. One that stops is only saved; one that goes on from an
-    evaluation needs neither."""
+def evaluate_and_save(state, ended, stopped):
+    """Evaluate the model and save the run. One that stops is saved alone."""
     c, log = state.config, state.log
     evaluated = log and log[-1]['iter'] == state.iteration
+    if evaluated and not (ended or stopped):
+        return                           # it goes on from there: all is written
     if evaluated or (stopped and not ended):
-        if ended or stopped:
-            refuse_not_finite(state)
-            save(state)
+        refuse_not_finite(state)
+        save(state)
         return
     splits = ('train', 'val', 'test') if ended else ('train', 'val')
     log.append({'iter': state.iteration, 'tokens': state.iteration * c.tokens_per_iter,
@@ -378,15 +383,15 @@ def look_and_save(state, ended, stopped):
 
 
 def refuse_not_finite(state, entry=None):
-    """Raise RunFailed if a weight is not finite, or a loss of this evaluation, and note it in
-    config.json. (In float16 the scaler skips steps that aren't finite, so losses tell first.)"""
+    """Raise RunFailed if a weight is not finite, or a loss of this evaluation (in float16, where
+    the scaler skips such steps, a loss alone tells), and note it in config.json."""
     losses = [value for key, value in (entry or {}).items() if key.endswith('_loss')]
     weights = state.model.parameters()
     if all(map(math.isfinite, losses)) and all(weight.isfinite().all() for weight in weights):
         return
     c = state.config
     if RANK == 0:
-        write_config_json(state, {'iter': state.iteration, 'diverged': state.iteration})
+        write_config_json(state, iter=state.iteration, diverged=state.iteration)
     raise RunFailed(f'{c.folder}: expected finite losses and weights, got others by iteration '
                     f'{state.iteration}. ckpt.pt is from before. '
                     f'Train anew with --name=, and less than --learning_rate={c.learning_rate:g}')
@@ -431,10 +436,11 @@ def report(config, entry):
 
 
 # -----------------------------------------------------------------------------
-# Part 2: a run's files, and its recipe: all that shapes its result. Runs that are equal in it, but
-# for the seed, are seeds of one another.
+# Part 2: a run's files, and its recipe. That is all that shapes a run's result: runs with equal
+# recipes, but for the seed, are seeds of one another.
 
-# these keys shape no result: for dataset stands its sha256, for max_iters lr_decay_iters
+# These keys are not in it. dataset counts by its sha256; max_iters doesn't count, since
+# lr_decay_iters shapes the schedule; the others shape no result.
 NOT_IN_RECIPE = {'recompute', 'max_iters', 'log_interval', 'eval_only', 'dataset', 'data_dir',
                  'out_dir', 'name', 'runs', 'seeds', 'jobs', 'device', 'threads', 'compile'}
 # these may change where a run goes on: its recipe then has both, as 'cpu, then cuda'
@@ -445,7 +451,7 @@ HASHES = {'model.py': hash_of(inspect.getsourcefile(GPT)), 'train.py': hash_of(_
 def recipe_of(config, meta, device):
     return {key: value for key, value in vars(config).items() if key not in NOT_IN_RECIPE} | {
         'sha256': meta['sha256'][:8], 'train_tokens': meta['train_tokens'],
-        'val_tokens': meta['val_tokens'], 'device': device.type,
+        'val_tokens': meta['val_tokens'], 'device': device.type,   # not the key, as 'cuda:1' is
         'processor': configurator.processor_name(device), 'torch': str(torch.__version__), **HASHES}
 
 
@@ -453,36 +459,37 @@ def save(state):
     """Write a run's files: ckpt.pt, the latest state; best.pt, what sampling needs of it, if its
     evaluation has the lowest loss; log.jsonl; and last config.json. Raises UserError."""
     c, log = state.config, state.log
-    if stamp_of(c) != state.stamp:
+    if time_of_ckpt(c) != state.ckpt_time:
         raise UserError(f'{c.folder}: expected to be alone in it, got another process that writes '
                         'there; --name= keeps both')
+    lines = as_lines(log)                # first, since it refuses NaN
     for_sampling = {'model': state.model.state_dict(), 'meta': state.data.meta,
                     'recipe': state.recipe}
     with replacing(c.path('ckpt.pt')) as part:
         torch.save({**for_sampling, 'optimizer': state.optimizer.state_dict(), 'log': log,
                     'scaler': state.scaler.state_dict(), 'iter': state.iteration,
                     'seconds': state.seconds}, part)
-    state.stamp = stamp_of(c)
+    state.ckpt_time = time_of_ckpt(c)
     lowest = min((entry['val_loss'] for entry in log), default=None)
     if log and log[-1]['iter'] == state.iteration and log[-1]['val_loss'] == lowest:
         with replacing(c.path('best.pt')) as part:
             torch.save(for_sampling, part)
-    write_text(c.path('log.jsonl'), as_lines(log))
-    write_config_json(state, {'iter': log[-1]['iter'] if log else None})   # of the last evaluation
+    write_text(c.path('log.jsonl'), lines)
+    write_config_json(state, iter=log[-1]['iter'] if log else None)    # a stop may be further
 
 
-def write_config_json(state, ended):
-    """Write what the run is and how far: with its last evaluation, a result (see sample.py)."""
+def write_config_json(state, **how_far):
+    """Write what the run is, and how far: iter, and where it has diverged also diverged."""
     c, model = state.config, state.model
     result = {'run': c.name, 'seed': c.seed, 'dataset': c.dataset, 'recipe': state.recipe,
               'total_parameters': model.total_parameters(),
               'active_parameters': model.active_parameters(),
-              'flops_per_token': model.flops_per_token(), **ended}
+              'flops_per_token': model.flops_per_token(), **how_far}
     write_text(c.path('config.json'), json.dumps(result, indent=1))
 
 
-def stamp_of(config):
-    """When the run's ckpt.pt was written; None if there is none."""
+def time_of_ckpt(config):
+    """When the run's ckpt.pt was written, whoever did; None if there is none."""
     path = config.path('ckpt.pt')
     return os.stat(path).st_mtime_ns if os.path.exists(path) else None
 
@@ -502,13 +509,9 @@ def load_checkpoint(config, device, mmap=False):
 
 
 def go_on(state):
-    """Give a run its recipe and, if it has a checkpoint, the state that is in there. Raises
-    UserError, also where another process has trained another run there since `settle` looked."""
+    """Give a run the state that is in its checkpoint, if it has one. Raises UserError."""
     c = state.config
-    with expecting(f'out_dir: expected a folder to write to, {c.folder!r}'):
-        os.makedirs(c.folder, exist_ok=True)
-    state.recipe = recipe_of(c, state.data.meta, state.device)
-    state.stamp = stamp_of(c)
+    state.ckpt_time = time_of_ckpt(c)
     saved = load_checkpoint(c, state.device)
     if saved is None:
         return
@@ -519,26 +522,39 @@ def go_on(state):
         state.optimizer.load_state_dict(saved['optimizer'])
         state.scaler.load_state_dict(saved['scaler'])
     state.iteration, state.seconds, state.log = saved['iter'], saved['seconds'], saved['log']
-    for key in MAY_CHANGE:
+    for key in MAY_CHANGE:               # as 'cpu, then cuda'
         was, now = saved['recipe'].get(key), state.recipe[key]
         state.recipe[key] = was if last_of(was) == now else f'{was}, then {now}'
 
 
 def changed_keys(old, now):
-    """The keys that are not in the recipe now what they were in the old one, in order."""
-    defaults = {key.name: key.default for key in fields(TrainConfig)}   # of before there was a key
+    """The keys that are not in the recipe now what they were in the old one, in order. An older
+    checkpoint lacks newer keys: they had their defaults."""
+    defaults = {key.name: key.default for key in fields(TrainConfig)}
     return sorted(key for key in now if last_of((defaults | old).get(key)) != now[key])
 
 
 def refuse_another_recipe(config, old, now):
     """Raise UserError where a run would go on with another recipe than that of its checkpoint."""
-    wrong = [f'{key} was {old.get(key)} and is {now[key]}' for key in changed_keys(old, now)
-             if key not in MAY_CHANGE]
-    if wrong and not config.eval_only:
-        longer = len(wrong) == 1 and wrong[0].startswith('lr_decay_iters')
-        goes_on = f'; --lr_decay_iters={old["lr_decay_iters"]} goes on with it' if longer else ''
-        raise UserError(f'{config.folder} holds another run: {", ".join(wrong)}{goes_on}; '
-                        f'--out_dir= or --name= trains anew, or remove {config.folder}')
+    wrong = [key for key in changed_keys(old, now) if key not in MAY_CHANGE]
+    if not wrong or config.eval_only:
+        return
+    told = ', '.join(f'{key} was {old.get(key)} and is {now[key]}' for key in wrong)
+    if wrong == ['lr_decay_iters']:      # it follows --max_iters
+        told += f'; --lr_decay_iters={old["lr_decay_iters"]} goes on with it'
+    raise UserError(f'{config.folder} holds another run: {told}; --out_dir= or --name= trains '
+                    f'anew, or remove {config.folder}')
+
+
+def tell_changes(config, old, now):
+    """Tell what a run goes on with, or is shown with, that is another than it began with."""
+    changed = changed_keys(old, now)
+    if changed and outcome_of(config) == 'done' and not config.eval_only:
+        tell(f'{config.folder} is done, with another {", ".join(changed)}; --out_dir= or --name= '
+             'trains anew')
+        return
+    for key in changed:
+        tell(f'{config.folder}: {key} was {old.get(key)} and is {now[key]}')
 
 
 def outcome_of(config):
@@ -546,57 +562,51 @@ def outcome_of(config):
     iterations to go, or a file is gone, which is then written anew. Raises UserError."""
     path = config.path('config.json')
     with expecting(f'{path}: expected one of train.py; remove this file, and the run goes on'):
-        result = json.loads(configurator.read_text(path)) if os.path.exists(path) else {}
-        if 'diverged' in result:
-            return 'diverged'
-        whole = all(os.path.exists(config.path(file)) for file in ('log.jsonl', 'best.pt'))
-        return 'done' if whole and result.get('iter') == config.max_iters else None
+        result = dict(json.loads(configurator.read_text(path)) if os.path.exists(path) else {})
+    if 'diverged' in result:
+        return 'diverged'
+    whole = all(os.path.exists(config.path(file)) for file in ('log.jsonl', 'best.pt'))
+    return 'done' if whole and result.get('iter') == config.max_iters else None
 
 
 def settle(config, jobs):
-    """Decide the keys that the data, the machine or the run's checkpoint decide, and tell what has
-    changed since it was trained. Returns how many iterations the run has. Raises UserError where it
-    can't begin, or go on, so."""
+    """Fill in what is None or 'auto' in a run's keys, and tell what has changed since it was
+    trained. Returns how many iterations it has. Raises UserError where it can't begin, or go on."""
     c, device = config, configurator.choose_device(config.device)
-    folder = os.path.join(c.data_dir, c.dataset)
-    meta = load_meta(folder)
-    with expecting(f'{folder}: expected the tokens that meta.json describes; prepare them again'):
-        sizes = [os.path.getsize(os.path.join(folder, file)) for file in ('train.bin', 'val.bin')]
-        if sizes != [2 * meta['train_tokens'], 2 * meta['val_tokens']]:
-            raise ValueError(f'{sizes} bytes')
+    meta = load_meta(os.path.join(c.data_dir, c.dataset))
     saved = load_checkpoint(c, 'cpu', mmap=True) or {'recipe': {}, 'iter': 0}
+    old = saved['recipe']
     c.threads = c.threads or max(1, configurator.usable_cores() // max(jobs, WORLD_SIZE))
     c.vocab_size = c.vocab_size or meta['vocab_size']
     if c.eval_only:                      # which has no schedule
-        c.lr_decay_iters = saved['recipe'].get('lr_decay_iters')
+        c.lr_decay_iters = old.get('lr_decay_iters')
     c.lr_decay_iters = c.lr_decay_iters or c.max_iters
     if c.dtype == 'auto':
-        c.dtype = saved['recipe'].get('dtype') or configurator.fast_dtype(device)
+        c.dtype = old.get('dtype') or configurator.fast_dtype(device)
     refuse_misfits(c, meta, saved['iter'])
-    if saved['recipe']:
-        old, now = saved['recipe'], recipe_of(c, meta, device)
+    if old:
+        now = recipe_of(c, meta, device)
         refuse_another_recipe(c, old, now)
-        changed = changed_keys(old, now)
-        if changed and outcome_of(c) == 'done' and not c.eval_only:
-            tell(f'{c.folder} is done, with another {", ".join(changed)}; --out_dir= or --name= '
-                 'trains anew')
-        else:
-            for key in changed:
-                tell(f'{c.folder}: {key} was {old.get(key)} and is {now[key]}')
+        tell_changes(c, old, now)
     return saved['iter']
 
 
 def refuse_misfits(config, meta, iteration):
     """Raise UserError where keys do not fit the data, the run's folder, or how far the run is."""
-    c = config
+    c, folder = config, os.path.join(config.data_dir, config.dataset)
+    with expecting(f'{folder}: expected the tokens that meta.json describes; prepare them again'):
+        sizes = [os.path.getsize(os.path.join(folder, file)) for file in ('train.bin', 'val.bin')]
+        if sizes != [2 * meta['train_tokens'], 2 * meta['val_tokens']]:
+            raise ValueError(f'{sizes} bytes')
     expect(c, 'vocab_size', f'at least the {meta["vocab_size"]} of {c.dataset}',
            lambda n: n >= meta['vocab_size'])
     expect(c, 'block_size', f'less than the {meta["val_tokens"]} tokens of {c.dataset} for '
            'validation', lambda S: S < meta['val_tokens'])
     expect(c, 'batch_size', f'a batch below the {meta["train_tokens"]:,} training tokens of '
            f'{c.dataset}', lambda n: n * c.block_size <= meta['train_tokens'])
-    expect(c, 'max_iters', f'at least the {iteration} iterations that {c.folder} has; --out_dir= '
-           'or --name= trains anew', lambda n: c.eval_only or n >= iteration)
+    if not c.eval_only:
+        expect(c, 'max_iters', f'at least the {iteration} iterations that {c.folder} has; '
+               '--out_dir= or --name= trains anew', lambda n: n >= iteration)
     files = os.listdir(c.folder) if os.path.isdir(c.folder) else []
     if c.eval_only and 'ckpt.pt' not in files:
         raise UserError(f'eval_only: expected a run in {c.folder}; train it first')
@@ -609,71 +619,76 @@ def refuse_misfits(config, meta, iteration):
 # -----------------------------------------------------------------------------
 # Part 3: several runs
 
+def merge(keys, later):
+    """Keys and later ones, which win, also over what is in `runs`; a later mlp replaces these.
+
+        {'runs': {'a': {'top_k': 1}}}, {'top_k': 2}  ->  {'runs': {'a': {}}, 'top_k': 2}
+    """
+    merged = keys | later
+    if 'mlp' in later and 'runs' not in later:
+        merged.pop('runs', None)
+    elif 'runs' not in later and keys.get('runs'):
+        merged['runs'] = {run: {key: own[key] for key in own if key not in later}
+                          for run, own in keys['runs'].items()}
+    return merged
+
+
 def keys_of(files):
-    """The keys of config files. A later file wins, also over what an earlier one has in `runs`."""
+    """The keys of config files, in their order. Raises UserError."""
     keys = {}
     for file in files:
-        later = configurator.read_config_file(TrainConfig, file)
-        if 'mlp' in later:
-            keys.pop('runs', None)
-        for run_keys in (keys.get('runs') or {}).values():
-            for key in run_keys.keys() & later.keys():
-                del run_keys[key]
-        keys |= later
+        keys = merge(keys, configurator.read_config_file(TrainConfig, file))
     return keys
 
 
 def plan_runs(from_file, from_line):
-    """The TrainConfigs that the keys of config files and of the command line ask for:
+    """The TrainConfigs that the keys of config files and, later, of the command line ask for:
 
         {'mlp': 'aoe,moe'}                                                     ->  aoe moe
         {'runs': {'a': {'mlp': 'aoe'}, 'm': {'mlp': 'moe'}}, 'seeds': (1, 2)}  ->  a-1 m-1 a-2 m-2
 
-    The line wins; --mlp replaces the file's runs. Raises UserError."""
-    given = from_file | from_line
+    Raises UserError."""
+    given = merge(from_file, from_line)
     runs, name = given.pop('runs', None), given.pop('name', None)
-    if runs is None or 'mlp' in from_line:
+    if runs is None:
         runs = {mlp: {'mlp': mlp} for mlp in given.pop('mlp', TrainConfig.mlp).split(',')}
+    runs = {run: typed_keys(run, keys) for run, keys in runs.items()}
     seeds = given.get('seeds') or [given.get('seed', TrainConfig.seed)]
-    refuse_contradictions(runs, name, seeds, given, from_line)
-    return [TrainConfig(**given | typed_keys(run, keys) | {'name': name or run, 'seed': seed})
+    refuse_contradictions(given, runs, name, seeds)
+    return [TrainConfig(**given | keys | {'name': name or run, 'seed': seed})
             for seed in seeds for run, keys in runs.items()]
 
 
 def typed_keys(run, keys):
     """What an entry of `runs` has, each of its field's type. Raises UserError."""
-    return {key: configurator.typed(TrainConfig, key, value, f'runs, {run}: ')
+    if not isinstance(keys, dict):
+        raise UserError(f'runs, {run}: expected a dict of keys, got {keys!r}')
+    return {key: configurator.typed(TrainConfig, key, value, where=f'runs, {run}: ')
             for key, value in keys.items()}
 
 
 ALL_SHARE = {'runs', 'name', 'seed', 'seeds', 'out_dir', 'jobs', 'eval_only', 'device'}
 
 
-def refuse_contradictions(runs, name, seeds, given, from_line):
+def refuse_contradictions(given, runs, name, seeds):
     """Raise UserError where keys contradict each other."""
     if not runs or (name and len(runs) > 1):
         raise UserError(f'runs: expected one at least, and one alone with --name, got {len(runs)}')
-    if {'mlp', 'runs'} <= from_line.keys():
-        raise UserError('expected --mlp or --runs, got both')
     if given.get('seeds') and 'seed' in given:
         raise UserError('expected seed or seeds, got both; --seeds=3 trains with one')
-    for seed in seeds:
-        configurator.typed(TrainConfig, 'seed', seed, 'seeds, ')
-    if len(set(seeds)) < len(seeds):
-        raise UserError(f'seeds: expected each once, got {seeds}')
+    if len(set(seeds)) < len(seeds) or any(type(seed) is not int for seed in seeds):
+        raise UserError(f'seeds: expected whole numbers, each once, got {seeds}')
     for run, keys in runs.items():
-        if not (isinstance(run, str) and isinstance(keys, dict)):
-            raise UserError(f'runs: expected names, each with a dict of keys, got '
-                            f'{run!r}: {keys!r:.90}')
         if wrong := sorted(ALL_SHARE & keys.keys()):
             raise UserError(f'runs, {run}: expected keys in which runs may differ, got {wrong}')
-        if wrong := sorted(from_line.keys() & keys.keys() - {'mlp'}):
-            raise UserError(f'runs, {run}: expected each key there or on the line, got both of '
-                            f'{wrong}')
+        alike = [other for other in runs if runs[other] == keys]
+        if len(alike) > 1:
+            raise UserError(f'runs: expected that they differ, got {", ".join(alike)} alike')
 
 
 def train_one_by_one(runs, note):
-    """Train runs in this process. Returns the exit status: 1 where one has diverged."""
+    """Train runs in this process. Returns the exit status: 1 where one has diverged. Raises
+    UserError, also where a run doesn't fit into memory."""
     status = 0
     for run in runs:
         try:
@@ -689,7 +704,7 @@ def train_one_by_one(runs, note):
             raise UserError(f'{run.folder}: expected to fit into memory, got '
                             f'"{str(error).splitlines()[0]:.60}"; try less --batch_size (and more '
                             '--gradient_accumulation_steps), or --recompute=True') from None
-        if STOP.signal:
+        if STOP.number:
             break
     return status
 
@@ -702,33 +717,34 @@ def train_one_by_one(runs, note):
 NOTE = '\0'                              # begins a line for the bar: tokens and loss
 
 
-def train_one(text):
-    """Train one of several runs, in a process of its own. text: its TrainConfig as JSON. Exits."""
+def be_a_child(text):
+    """Train one of several runs in this process, which is its own. text: its TrainConfig as JSON.
+    Exits."""
     def wait_for_the_end_of_stdin():
-        os.read(0, 1)
-        STOP.signal = signal.SIGTERM
+        os.read(0, 1)                    # returns when the first process closes it, or is gone
+        STOP.number = signal.SIGTERM
 
     def note(tokens, loss):
-        with contextlib.suppress(BrokenPipeError):                 # stdin has ended, too
+        with contextlib.suppress(BrokenPipeError):                 # the first process is gone
             os.write(1, f'{NOTE}{tokens} {loss}\n'.encode())
     threading.Thread(target=wait_for_the_end_of_stdin, daemon=True).start()
     status = train_one_by_one([TrainConfig(**json.loads(text))], note)
-    sys.exit(status or (128 + STOP.signal if STOP.signal else 0))
+    sys.exit(status or (128 + STOP.number if STOP.number else 0))
 
 
 def train_side_by_side(runs, jobs, note):
     """Train runs in processes of their own, `jobs` at once. Returns the highest exit status. Where
     one has failed (1) the others go on; after a UserError (2), as of a full disk, all stop."""
     def train_apart(run):
-        if STOP.signal:
+        if STOP.number:
             return 0
         command = [sys.executable, __file__, '--train_one', json.dumps(vars(run))]
         # in a session of its own: Ctrl-C in a terminal reaches this process alone
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                               encoding='utf-8', errors='replace',
                               start_new_session=True) as process:
-            STOP.others.append(process)
-            if STOP.signal:              # it came while this one started
+            STOP.children.append(process)
+            if STOP.number:              # it came while this one started
                 process.stdin.close()
             for line in process.stdout:
                 if line.startswith(NOTE):
@@ -736,14 +752,17 @@ def train_side_by_side(runs, jobs, note):
                     note(int(tokens), float(loss))
                 else:
                     tell(line.rstrip('\n'))
-        status = process.returncode
-        if status == 128 + signal.SIGTERM and STOP.signal:         # it has stopped, saved
+        # 0: trained; 1: diverged; 2: a UserError; 143: stopped and saved; others: it was killed
+        status, stopping = process.returncode, STOP.number > 0
+        if status == 128 + signal.SIGTERM and stopping:
             return 0
-        if status == 2 and not STOP.signal:
+        if status == 2 and not stopping:
             stop(signal.SIGTERM)
-        if status not in (0, 1, 2) and not STOP.signal:
+        if status in (0, 1, 2):
+            return status
+        if not stopping:
             tell(f'error: {run.folder}: its process was killed; the same command goes on with it')
-        return status if status in (0, 1, 2) else 1
+        return 1
     with ThreadPoolExecutor(jobs) as pool:                         # a thread waits for each
         return max(pool.map(train_apart, runs), default=0)
 
@@ -751,24 +770,26 @@ def train_side_by_side(runs, jobs, note):
 def stop(number, _=None):
     """What Ctrl-C, and the SIGTERM of Slurm and Docker, do: this process and the others that it has
     started stop between two iterations, saved. A second Ctrl-C ends at once."""
-    if STOP.signal and number == signal.SIGINT:
-        for process in STOP.others:
+    if STOP.number and number == signal.SIGINT:
+        for process in STOP.children:
             process.kill()
         raise KeyboardInterrupt
-    STOP.signal = STOP.signal or number
-    for process in STOP.others:
+    STOP.number = STOP.number or number
+    for process in STOP.children:
         process.stdin.close()
     if number == signal.SIGINT:
-        with contextlib.suppress(OSError):         # print may be at work: it can't begin again
+        with contextlib.suppress(OSError):   # not print: the signal may have interrupted one
             os.write(2, b'\nstopping after this iteration; Ctrl-C again ends at once\n')
 
 
 def main(arguments):
+    """Exits with 0; 1 where a run has diverged or was killed; 2 after a UserError; 128 + the number
+    of the signal that has stopped it."""
     if WORLD_SIZE == 1:                  # under torchrun a signal ends at once; ckpt.pt is there
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
     if arguments[:1] == ['--train_one']:
-        train_one(arguments[1])
+        be_a_child(arguments[1])
     from_line, files = configurator.parse(TrainConfig, arguments, __doc__)
     runs = plan_runs(keys_of(files), from_line)
     c = runs[0]                          # for the keys that all runs share
@@ -779,14 +800,14 @@ def main(arguments):
     on_cpu = configurator.choose_device(c.device).type == 'cpu'
     jobs = min(len(runs), c.jobs or (configurator.usable_cores() if on_cpu else 1))
     jobs = 1 if c.eval_only or WORLD_SIZE > 1 else jobs
-    iterations = [settle(run, jobs) for run in runs]               # that the runs have
+    begun_at = [settle(run, jobs) for run in runs]                 # iterations
     outcomes = [None if c.eval_only else outcome_of(run) for run in runs]
     to_train = [run for run, outcome in zip(runs, outcomes) if outcome is None]
     for run, outcome in zip(runs, outcomes):
         if outcome == 'diverged':
             tell(f'error: {run.folder}: has diverged; --name= trains anew')
     with tqdm(total=sum(run.max_iters * run.tokens_per_iter for run in runs),
-              initial=sum(n * run.tokens_per_iter for run, n in zip(runs, iterations)),
+              initial=sum(n * run.tokens_per_iter for run, n in zip(runs, begun_at)),
               unit='tok', unit_scale=True, dynamic_ncols=True, leave=False,
               disable=True if RANK > 0 or c.eval_only or not sys.stderr else None) as bar:
         def note(tokens, loss):
@@ -799,9 +820,9 @@ def main(arguments):
             status = train_one_by_one(to_train, note)
     if status == 2:
         sys.exit(2)
-    if STOP.signal:
+    if STOP.number:
         print(f'\nstopped{" and saved" if status == 0 else ""}; the same command goes on')
-        sys.exit(128 + STOP.signal)
+        sys.exit(128 + STOP.number)
     if RANK == 0 and not c.eval_only and any(os.path.exists(run.path('log.jsonl')) for run in runs):
         sample.show_results(c.out_dir)
         print(f'to see this again: python sample.py {shlex.quote(c.out_dir)}')

@@ -20,6 +20,7 @@ import time
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Literal
+from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,10 +30,10 @@ sys.path.insert(0, ROOT)
 
 import configurator
 from configurator import (UserError, choose_device, expect, fast_dtype, keep_freed_memory, parse,
-                          read_config_file, read_text)
+                          read_text)
 from model import GPT, mlp_of
 from sample import print_rows
-from train import TrainConfig, make_optimizer, one_iteration, plan_runs
+from train import begin, keys_of, one_iteration, plan_runs
 
 SIDES = {'dense': {'mlp': 'dense'}, 'moe': {'mlp': 'moe'}, 'aoe': {'mlp': 'aoe'},
          'aoe_whole': {'mlp': 'aoe', 'factorised': False}}
@@ -80,25 +81,16 @@ def show(title, rows, **columns):
 # -----------------------------------------------------------------------------
 # the time of a training step
 
-def begin(config, tokens, compile=False):
-    """The state of a new run on these tokens, as train.py's one_iteration needs it."""
+def begin_on(tokens, config):
+    """The state of a new run on these tokens."""
     c = replace(config, gradient_accumulation_steps=1, lr_decay_iters=config.max_iters)
-    device, dtype = tokens.device, getattr(torch, c.dtype)
-    torch.manual_seed(c.seed)
-    with device:
-        model = GPT(c)
 
     def train_batch(iteration, _):
         random = torch.Generator().manual_seed(iteration)          # the same for all variants
         starts = torch.randint(len(tokens) - c.block_size, (c.batch_size, 1), generator=random)
-        window = tokens[(starts + torch.arange(c.block_size + 1)).to(device)]
+        window = tokens[(starts + torch.arange(c.block_size + 1)).to(tokens.device)]
         return window[:, :-1], window[:, 1:]
-    return SimpleNamespace(
-        config=c, iteration=0, data=SimpleNamespace(train_batch=train_batch), model=model,
-        forward=torch.compile(model) if compile else model,
-        optimizer=make_optimizer(model, c, device),
-        autocast=torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
-        scaler=torch.amp.GradScaler(device.type, enabled=False))
+    return begin(c, tokens.device, SimpleNamespace(train_batch=train_batch))
 
 
 def alternate(states, bench):
@@ -126,14 +118,12 @@ def bench_step(bench, _):
     device = choose_device(bench.device)
     tokens = torch.tensor([*read_text(os.path.join(ROOT, 'model.py')).encode()], device=device)
     for label in bench.shapes.split(','):
-        runs = runs_of(label, dtype=bench.dtype, recompute=bench.recompute,
-                       threads=torch.get_num_threads())
+        runs = runs_of(label, recompute=bench.recompute, compile=bench.compile,
+                       dtype=fast_dtype(device) if bench.dtype == 'auto' else bench.dtype)
         c = runs[1]
-        dtype = fast_dtype(device) if c.dtype == 'auto' else c.dtype
-        seconds = alternate({run.name: begin(replace(run, dtype=dtype), tokens, bench.compile)
-                             for run in runs}, bench)
+        seconds = alternate({run.name: begin_on(tokens, run) for run in runs}, bench)
         show(f'training step, {label}, {c.batch_size} x {c.block_size} tokens, {device}, '
-             f'{c.threads} threads, {dtype}, recompute={c.recompute}', {
+             f'{torch.get_num_threads()} threads, {c.dtype}, recompute={c.recompute}', {
                  side: (c.tokens_per_iter / statistics.median(times),
                         ratio(times, seconds['dense']), ratio(times, seconds['moe']))
                  for side, times in seconds.items()},
@@ -182,8 +172,9 @@ def peak_of_step(config):
         total = tracker.get_tracker_snapshot('peak')[torch.device('cpu')]['Total']
         reached.append((total, phase))
 
-    with FakeTensorMode():
-        state = begin(config, torch.zeros(config.block_size + 2, dtype=torch.int64))
+    # a fake weight that two modules share can't be moved to a device; it is there already
+    with FakeTensorMode(), patch.object(GPT, 'to', lambda model, device: model):
+        state = begin_on(torch.zeros(config.block_size + 2, dtype=torch.int64), config)
         one_iteration(state)                                       # it makes AdamW's averages
         model, tracker = state.model, MemTracker()
         if config.gradient_accumulation_steps > 1:
@@ -201,13 +192,11 @@ def peak_of_step(config):
 
 def bench_fake(bench, files):
     """The most memory that a training step needs, also of a model that doesn't fit this machine."""
-    files, values = files or [os.path.join(ROOT, 'config', 'openwebtext.py')], {'vocab_size': 84}
-    for file in files:
-        values |= read_config_file(TrainConfig, file)
-    values |= {'runs': SIDES, 'name': None, 'seeds': None, 'factorised': None, 'dtype': 'bfloat16',
-               'recompute': bench.recompute}
-    values |= {'batch_size': bench.batch_size} if bench.batch_size else {}
-    runs = plan_runs(values, {})
+    files = files or [os.path.join(ROOT, 'config', 'openwebtext.py')]
+    keys = {'vocab_size': 84} | keys_of(files) | {
+        'runs': SIDES, 'name': None, 'seeds': None, 'factorised': None, 'dtype': 'bfloat16',
+        'recompute': bench.recompute}
+    runs = plan_runs(keys | ({'batch_size': bench.batch_size} if bench.batch_size else {}), {})
     try:
         peaks = {run.name: peak_of_step(run) for run in runs}
     except RuntimeError as error:                                  # a shape depends on numbers

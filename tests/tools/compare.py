@@ -100,7 +100,7 @@ def effects_of(runs, config):
             raise UserError(f'effect: expected as in "a + b - c - d" names of '
                             f'{", ".join(runs):.200}, each of one run, got {terms.strip()!r}')
         recipes = [first_of(seeds)['recipe'] | {'iter': first_of(seeds)['iter']} for seeds in used]
-        differ = differing(recipes) - OF_THE_MLP
+        differ = differing(recipes) - OF_THE_MLP - {'seed'}
         # a longer run may be meant, but none that was stopped
         stopped = 'iter' in differ and any(recipe['iter'] != recipe.get('lr_decay_iters')
                                            for recipe in recipes)
@@ -256,7 +256,8 @@ def draw_forest(runs, found, config):
     axes.set_yticks(range(len(labels)), labels, fontsize=12)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     of = 'effects' if config.effect else f'minus that of {config.minus}'
-    axes.set_title('Better (left) or worse (right), in percent', fontsize=14)
+    than = '' if config.effect else f' than {config.minus}'
+    axes.set_title(f'Better (left) or worse (right){than}, in percent', fontsize=14)
     figure.supxlabel('\n'.join([
         f'{config.loss.replace("_", " ")}, {of}: mean and 95 % interval',
         *(textwrap.fill(note, 90) for note in notes_of(found))]), fontsize=12)

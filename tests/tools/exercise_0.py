@@ -19,7 +19,7 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
-from configurator import UserError, read_text, run, write_text
+from configurator import UserError, expecting, read_text, run, write_text
 
 YOURS = 'out/exercise_0/model.py'
 ALGORITHM = {'MoE': 'Algorithm 1', 'AoE': 'Algorithm 2'}
@@ -110,10 +110,8 @@ def main(arguments):
     if arguments:
         raise UserError(f'expected no arguments, got {arguments[0]!r}')
     if not os.path.exists(YOURS):
-        try:
+        with expecting(f'expected to make {YOURS}'):
             os.makedirs(os.path.dirname(YOURS), exist_ok=True)
-        except OSError as error:
-            raise UserError(f'expected to make {YOURS}, got {error}') from None
         write_text(YOURS, emptied(read_text(os.path.join(ROOT, 'model.py'))))
         print(f'made {YOURS}: fill in MoE.forward and AoE.forward, then run this again')
     wrong = judge(YOURS)

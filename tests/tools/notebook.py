@@ -86,11 +86,11 @@ def cells_of(page, more):
 
 
 def notebook(more=''):
-    """The notebook as text: how to start, the core, what we measured."""
-    start, core, measured, _ = read_text(os.path.join(LAB, 'README.md')).split('\n# ')
-    start = start.partition('\n## ')[0]                             # without exercise 0
+    """The notebook as text: how to start, and the core."""
+    start, core, _ = read_text(os.path.join(LAB, 'README.md')).split('\n# ')
+    start = start.partition('\n## ')[0]                            # without exercise 0
     pieces = [('markdown', BEFORE), ('code', SETUP)]
-    for kind, source in cells_of('\n# '.join([start, core, measured]), more):
+    for kind, source in cells_of(f'{start}\n# {core}', more):
         before, text = pieces[-1]
         if 'code' in (kind, before) or source[0] in '#<>' or text[0] == '>':
             pieces.append((kind, source))
