@@ -462,7 +462,7 @@ def draw_loss(runs, color):
     """Validation loss over iterations, and over seconds: of each run the mean of its seeds, in a
     band of them all. The legend has the lowest last."""
     from matplotlib.figure import Figure
-    figure, shown = Figure(figsize=(12, 5), layout='constrained'), []
+    figure, shown = Figure(figsize=(11, 4.5), layout='constrained'), []
     panels = figure.subplots(1, 2, sharey=True)
     for name in sorted(runs, key=lambda name: -statistics.mean(losses_of(runs[name]))):
         logs = [{entry['iter']: entry for entry in result['log']} for result in runs[name].values()]
