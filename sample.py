@@ -556,8 +556,8 @@ def main(arguments):
     if os.path.exists(os.path.join(folders[0], 'best.pt')):
         write_samples(folders[0], config)
     elif os.path.exists(os.path.join(folders[0], 'config.json')):
-        raise UserError(f'{folders[0]}: expected a run that has been evaluated; train.py goes on '
-                        'with it')
+        raise UserError(f'{folders[0]}: expected a run with a best.pt, as it has from its first '
+                        'evaluation on')
     else:
         show_results(folders[0])
 

@@ -197,7 +197,7 @@ def measure(routing, classes, config):
         'ent_conf': torch.special.entr(routing.scores.softmax(-1)).sum(-1).mean(1),
         'aux_loss': routing.aux_loss.sum()}
     if config.mlp == 'aoe':
-        measured['norm'] = routing.scores.mean(1)                  # (L, E)
+        measured['norm'] = routing.scores.mean(1).nan_to_num()     # (L, E); JSON has no -inf
     if classes is not None:
         is_class = F.one_hot(classes, len(CLASSES)).float()        # (T, classes)
         measured['handled'] = is_class.T @ used                    # (L, classes, E)
@@ -559,13 +559,13 @@ def tell_changes(config, old, now):
 
 def outcome_of(config):
     """What has become of a run by its config.json: 'done', 'diverged', or None where it has
-    iterations to go, or a file is gone, which is then written anew. Raises UserError."""
+    iterations to go, or its log.jsonl is gone and is to be written anew. Raises UserError."""
     path = config.path('config.json')
     with expecting(f'{path}: expected one of train.py; remove this file, and the run goes on'):
         result = dict(json.loads(configurator.read_text(path)) if os.path.exists(path) else {})
     if 'diverged' in result:
         return 'diverged'
-    whole = all(os.path.exists(config.path(file)) for file in ('log.jsonl', 'best.pt'))
+    whole = os.path.exists(config.path('log.jsonl'))
     return 'done' if whole and result.get('iter') == config.max_iters else None
 
 
@@ -628,8 +628,8 @@ def merge(keys, later):
     if 'mlp' in later and 'runs' not in later:
         merged.pop('runs', None)
     elif 'runs' not in later and keys.get('runs'):
-        merged['runs'] = {run: {key: own[key] for key in own if key not in later}
-                          for run, own in keys['runs'].items()}
+        merged['runs'] = {run: {key: value for key, value in typed_keys(run, own).items()
+                                if key not in later} for run, own in keys['runs'].items()}
     return merged
 
 

@@ -82,6 +82,7 @@ def test_the_peak_of_a_step_lies_where_it_should(where, sizes, less, tmp_path, c
 
 
 def test_what_has_no_numbers_cannot_tell_how_many_rows_there_are(tmp_path, refuse):
-    for line in ("select = 'top_p'", 'd_ffn = 50'):
+    for line, error in (("select = 'top_p'", 'DynamicOutput'), ('d_ffn = 50', 'DataDependent')):
         (tmp_path / 'sizes.py').write_text(f'n_layer = 1\nn_embd = 32\nd_ffn = 48\n{line}')
-        assert 'expected select =' in refuse(bench.main, '--only=fake', f'{tmp_path}/sizes.py')
+        told = refuse(bench.main, '--only=fake', f'{tmp_path}/sizes.py')
+        assert 'fake: expected select = top_k, widths in' in told and error in told

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 from html.parser import HTMLParser
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 import sample
+from configurator import as_lines, hash_of
+from conftest import ROOT
 from model import GPT, GPTConfig
 from prepare_data import CharTokenizer
 from sample import PALETTE, color_text, experts_page, stand_outs, watch_experts
@@ -18,7 +21,8 @@ VOCABULARY = '\n !"&\'/<>abcdeiprst'                               # what could 
 LOAD = [[0.45, 0.4, 0.15], [0.4, 0.3, 0.3]]
 OF_CLASS = [[0.9, 0.8, 0.3], [0.45, 0.6, 0.95], [0.9, 0.8, 0.3], [0.9, 0.8, 0.3], [0.7, 0.74, 0.56]]
 TEXT = '95 % of the capitals, 56 % of the digits and punctuation (30 % of all characters)'
-NOTES = [[(2, TEXT)], []]
+NOTES = [['', '', TEXT], ['', '', '']]
+MODEL_PY = hash_of(os.path.join(ROOT, 'model.py'))
 
 
 def evaluation(val_loss):
@@ -34,10 +38,10 @@ def make_run(folder, dtype='float32', **changes):
     model = GPT(GPTConfig(**tiny | changes)).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    recipe = dataclasses.asdict(model.config) | {'dtype': dtype, 'seed': 1}
+    recipe = dataclasses.asdict(model.config) | {'dtype': dtype, 'seed': 1, 'model.py': MODEL_PY}
     meta = {'tokenizer': 'char', 'vocabulary': VOCABULARY, 'vocab_size': len(VOCABULARY)}
     torch.save({'model': model.state_dict(), 'meta': meta, 'recipe': recipe}, folder / 'best.pt')
-    (folder / 'log.jsonl').write_text(sample.as_lines([evaluation(1.0)]))
+    (folder / 'log.jsonl').write_text(as_lines([evaluation(1.0)]))
     return str(folder), model
 
 
@@ -106,6 +110,20 @@ def test_refusals(tmp_path, refuse):
     assert 'expected a model with experts' in refuse(sample.main, folder, show)
 
 
+@pytest.mark.parametrize('trained_with, is_told', (
+    (MODEL_PY, False), (f'old, then {MODEL_PY}', False),
+    ('old', True), (f'{MODEL_PY}, then old', True), (None, True)))
+def test_a_model_that_was_trained_with_another_model_py_is_told(
+        tmp_path, capsys, trained_with, is_told):
+    folder, _ = make_run(tmp_path)
+    best = torch.load(tmp_path / 'best.pt')
+    best['recipe']['model.py'] = trained_with
+    torch.save(best, tmp_path / 'best.pt')
+    sample.main([folder, '--max_new_tokens=2'])
+    assert capsys.readouterr().err == is_told * (
+        f'{folder}: trained with another model.py than this, which may compute other things\n')
+
+
 @pytest.mark.parametrize('changes', ({'mlp': 'moe'}, {'mlp': 'aoe'}, {'mlp': 'aoe', 'd_judge': 3},
                                      {'mlp': 'aoe', 'select': 'top_p'},
                                      {'mlp': 'moe', 'select': 'expert_choice'}))
@@ -133,9 +151,9 @@ def test_what_is_shown_is_what_the_layers_did(tmp_path, changes):
 
 
 def test_colours_of_tokens_by_hand():
-    text = color_text(['ab', '\n', 'c', 'd'], [0, 1, 9, None])
+    text = color_text(['ab', '\r\n', 'c', 'd'], [0, 1, 9, None])  # a \r would hide 'ab'
     assert re.sub('\033\\[[0-9;]*m', '', text) == (
-        'expert  0   1   9    \u00b6 line end\n\nab\u00b6\ncd')
+        'expert  0   1   9    \u00b6 line end\n\nab \u00b6\ncd')
     assert '\033[48;2;119;170;221;30mab\033[0m' in text            # #77AADD
     assert text.endswith('\033[48;2;238;136;102;30mc\033[0md')     # 9 is 1 again; nobody's is plain
 
@@ -144,11 +162,13 @@ def test_the_page_by_hand(tmp_path):
     p = 2 * [[[1.9, -2.0049, 3.0], [0.0, 5.0, 1.0], [0.0, 0.0, 0.0]]]
     w = 2 * [[[0.25, 0.0, 0.75], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]]
     page = experts_page(['</pre>', '&\n', 'x'], torch.tensor(p), torch.tensor(w),
-                        [[], [(1, 'all')]])
+                        [['', '', ''], ['', 'all', '']])
+    assert ('Each token goes to 1 experts, so the shares of a class sum to 100 %; an even one is '
+            '33 %.') in page
     (tmp_path / 'experts.html').write_text(page, encoding='utf-8')
     page = Page(tmp_path)
-    assert [note.split() for note in page.notes] == [['Layer', '1'], [
-        'Layer', '2', 'expert', '1', 'takes', 'all']]
+    assert [' '.join(note.split()) for note in page.notes] == [
+        'Layer 1 expert 0 expert 1 expert 2', 'Layer 2 expert 1 takes all expert 0 expert 2']
     assert page.layers == 2 * [[
         ('</pre>', 'color: black; background: #EEDD88', '0: 1.90, weight 0.25\n1: -2.00\n'
                                                         '2: 3.00, weight 0.75'),
@@ -181,13 +201,13 @@ def test_the_page_of_a_run(tmp_path, capsys, changes):
 
 def test_what_stands_out(tmp_path):
     assert stand_outs(evaluation(1.0)) == NOTES
-    arguments = [make_run(tmp_path)[0], '--show_experts=True', '--max_new_tokens=2']
+    arguments = [make_run(tmp_path, n_expert=3)[0], '--show_experts=True', '--max_new_tokens=2']
     # the page tells those of the evaluation that best.pt is of, the lowest
     log = [evaluation(loss) | {'load': load} for loss, load in ((3.0, []), (1.0, LOAD), (2.0, []))]
-    (tmp_path / 'log.jsonl').write_text(sample.as_lines(log))
+    (tmp_path / 'log.jsonl').write_text(as_lines(log))
     sample.main(arguments)
-    assert [note.split('expert')[1:] for note in Page(tmp_path).notes] == [
-        [f' {expert}\xa0 takes {text}\n' for expert, text in notes] for notes in NOTES]
+    assert [' '.join(note.split()) for note in Page(tmp_path).notes] == [
+        f'Layer 1 expert 2 takes {TEXT} expert 0 expert 1', 'Layer 2 expert 0 expert 1 expert 2']
     for text in ('{', '3\n', '{}\n', '{"val_loss": 1}\n', ''):
         (tmp_path / 'log.jsonl').write_text(text)
         sample.main(arguments)

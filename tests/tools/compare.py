@@ -249,7 +249,7 @@ def draw_forest(runs, found, config):
         mean, half = (100 * loss / difference.base_loss for loss in interval(difference))
         n = len(difference.minus)
         axes.errorbar(mean, y, xerr=half if n > 1 else 0, marker='o', markersize=9, linewidth=3,
-                      color=color[name])
+                      color=color.get(name, 'black'))              # an effect is no run
         axes.annotate(f'{n} seed' + 's' * (n > 1), (1.01, y), xycoords=('axes fraction', 'data'),
                       va='center', fontsize=12)
     labels = [textwrap.fill(name, 34, max_lines=2) for name in found]
