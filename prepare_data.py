@@ -289,7 +289,7 @@ def prepare(paths, config):
     meta = write_data(folder, documents, meta, SHA256.get(paths[0]))
     print(f'{folder}: {meta["characters"]:,} characters, vocabulary {meta["vocab_size"]:,}, '
           f'{meta["train_tokens"]:,} training tokens, {meta["val_tokens"]:,} for validation\n'
-          f'to train on it: --dataset={shlex.quote(os.path.basename(folder))}')
+          f'to train on it: python train.py --dataset={shlex.quote(os.path.basename(folder))}')
 
 
 def main(arguments):

@@ -366,7 +366,7 @@ def evaluate_and_save(state, ended, stopped):
     """Evaluate the model and save the run. One that stops is saved alone."""
     c, log = state.config, state.log
     evaluated = log and log[-1]['iter'] == state.iteration
-    if evaluated and not (ended or stopped):
+    if evaluated and not (ended or stopped) and read_config_json(c).get('iter') == state.iteration:
         return                           # it goes on from there: all is written
     if evaluated or (stopped and not ended):
         refuse_not_finite(state)
@@ -557,15 +557,20 @@ def tell_changes(config, old, now):
         tell(f'{config.folder}: {key} was {old.get(key)} and is {now[key]}')
 
 
-def outcome_of(config):
-    """What has become of a run by its config.json: 'done', 'diverged', or None where it has
-    iterations to go, or its log.jsonl is gone and is to be written anew. Raises UserError."""
+def read_config_json(config):
+    """What a run has written last; {} if nothing is there. Raises UserError."""
     path = config.path('config.json')
     with expecting(f'{path}: expected one of train.py; remove this file, and the run goes on'):
-        result = dict(json.loads(configurator.read_text(path)) if os.path.exists(path) else {})
+        return dict(json.loads(configurator.read_text(path)) if os.path.exists(path) else {})
+
+
+def outcome_of(config):
+    """What has become of a run: 'done', 'diverged', or None where it has iterations to go, or a
+    file to be written anew. Raises UserError."""
+    result = read_config_json(config)
     if 'diverged' in result:
         return 'diverged'
-    whole = os.path.exists(config.path('log.jsonl'))
+    whole = all(os.path.exists(config.path(file)) for file in ('log.jsonl', 'best.pt'))
     return 'done' if whole and result.get('iter') == config.max_iters else None
 
 
