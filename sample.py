@@ -515,7 +515,7 @@ def draw_load(runs, color):
         axes.axhline(1 / len(load), color='black', linestyle='--', linewidth=1)
         axes.set_title(f'{name}, layer {layer + 1}\nEnt_load {last["ent_load"][layer]:.2f}, '
                        f'Ent_conf {last["ent_conf"][layer]:.2f}', fontsize=9)
-    return draw_panels(runs, 'load', 'expert; dashed: 1/E', panel)
+    return draw_panels(runs, 'load', 'expert; its share of all that is handled, dashed: 1/E', panel)
 
 
 def draw_norm(runs, color):
@@ -577,8 +577,8 @@ def write_samples(folder, config):
         tokenizer = tokenizer_from(meta, config.data_dir)
     mlp, n_layer = model.config.mlp, model.config.n_layer
     if config.show_experts and (mlp == 'dense' or config.layer > n_layer):
-        raise UserError('show_experts: expected a model with experts and a --layer of at most '
-                        f'{n_layer}, got {mlp} and {config.layer}')
+        raise UserError(f'show_experts: expected a --layer of at most {n_layer} in a model with '
+                        f'experts, got layer {config.layer} of {mlp}')
     prompt = torch.tensor([tokenizer.encode(config.prompt)], device=device)    # (1, S)
     for i in range(config.num_samples):
         if i > 0:

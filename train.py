@@ -445,6 +445,7 @@ NOT_IN_RECIPE = {'recompute', 'max_iters', 'log_interval', 'eval_only', 'dataset
                  'out_dir', 'name', 'runs', 'seeds', 'jobs', 'device', 'threads', 'compile'}
 # these may change where a run goes on: its recipe then has both, as 'cpu, then cuda'
 MAY_CHANGE = {'device', 'processor', 'torch', 'model.py', 'train.py'}
+ANEW = '--out_dir=, or --name= for a single run, trains anew'
 HASHES = {'model.py': hash_of(inspect.getsourcefile(GPT)), 'train.py': hash_of(__file__)}
 
 
@@ -500,8 +501,7 @@ def load_checkpoint(config, device, mmap=False):
     path = config.path('ckpt.pt')
     if not os.path.exists(path):
         return None
-    with expecting(f'{path}: expected a whole checkpoint of train.py; --out_dir= or --name= trains '
-                   f'anew, or remove {config.folder}'):
+    with expecting(f'{path}: expected a whole checkpoint of train.py; {ANEW}'):
         saved = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
         if not {'recipe', 'iter', 'seconds', 'log', 'optimizer'} <= saved.keys():
             raise ValueError('other contents')
@@ -516,8 +516,7 @@ def go_on(state):
     if saved is None:
         return
     refuse_another_recipe(c, saved['recipe'], state.recipe)
-    with expecting(f'{c.folder}: expected a run with these keys and this model.py; --name= trains '
-                   'anew'):
+    with expecting(f'{c.folder}: expected a run with these keys and this model.py; {ANEW}'):
         state.model.load_state_dict(saved['model'])
         state.optimizer.load_state_dict(saved['optimizer'])
         state.scaler.load_state_dict(saved['scaler'])
@@ -540,18 +539,16 @@ def refuse_another_recipe(config, old, now):
     if not wrong or config.eval_only:
         return
     told = ', '.join(f'{key} was {old.get(key)} and is {now[key]}' for key in wrong)
-    if wrong == ['lr_decay_iters']:      # it follows --max_iters
-        told += f'; --lr_decay_iters={old["lr_decay_iters"]} goes on with it'
-    raise UserError(f'{config.folder} holds another run: {told}; --out_dir= or --name= trains '
-                    f'anew, or remove {config.folder}')
+    if wrong == ['lr_decay_iters']:
+        told += f', as --max_iters; --lr_decay_iters={old["lr_decay_iters"]} goes on with it'
+    raise UserError(f'{config.folder} holds another run: {told}; {ANEW}, or remove it')
 
 
 def tell_changes(config, old, now):
     """Tell what a run goes on with, or is shown with, that is another than it began with."""
     changed = changed_keys(old, now)
     if changed and outcome_of(config) == 'done' and not config.eval_only:
-        tell(f'{config.folder} is done, with another {", ".join(changed)}; --out_dir= or --name= '
-             'trains anew')
+        tell(f'{config.folder} is done, with another {", ".join(changed)}, and stays so; {ANEW}')
         return
     for key in changed:
         tell(f'{config.folder}: {key} was {old.get(key)} and is {now[key]}')
@@ -610,8 +607,8 @@ def refuse_misfits(config, meta, iteration):
     expect(c, 'batch_size', f'a batch below the {meta["train_tokens"]:,} training tokens of '
            f'{c.dataset}', lambda n: n * c.block_size <= meta['train_tokens'])
     if not c.eval_only:
-        expect(c, 'max_iters', f'at least the {iteration} iterations that {c.folder} has; '
-               '--out_dir= or --name= trains anew', lambda n: n >= iteration)
+        expect(c, 'max_iters', f'at least the {iteration} iterations that {c.folder} has ({ANEW})',
+               lambda n: n >= iteration)
     files = os.listdir(c.folder) if os.path.isdir(c.folder) else []
     if c.eval_only and 'ckpt.pt' not in files:
         raise UserError(f'eval_only: expected a run in {c.folder}; train it first')
@@ -810,7 +807,7 @@ def main(arguments):
     to_train = [run for run, outcome in zip(runs, outcomes) if outcome is None]
     for run, outcome in zip(runs, outcomes):
         if outcome == 'diverged':
-            tell(f'error: {run.folder}: has diverged; --name= trains anew')
+            tell(f'error: {run.folder}: has diverged; {ANEW}')
     with tqdm(total=sum(run.max_iters * run.tokens_per_iter for run in runs),
               initial=sum(n * run.tokens_per_iter for run, n in zip(runs, begun_at)),
               unit='tok', unit_scale=True, dynamic_ncols=True, leave=False,

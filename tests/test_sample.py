@@ -101,7 +101,7 @@ def test_sampling_multiplies_in_the_dtype_that_was_trained_in(tmp_path, monkeypa
 def test_refusals(tmp_path, refuse):
     folder, _ = make_run(tmp_path)
     show, best = '--show_experts=True', torch.load(tmp_path / 'best.pt')
-    assert 'at most 2, got aoe and 3' in refuse(sample.main, folder, show, '--layer=3')
+    assert 'got layer 3 of aoe' in refuse(sample.main, folder, show, '--layer=3')
     for key, value in (('meta', {}), ('meta', {'tokenizer': 'char', 'vocabulary': 5}), ('model', 3),
                        ('model', {}), ('recipe', {}), ('recipe', best['recipe'] | {'top_k': 'x'})):
         torch.save(best | {key: value}, tmp_path / 'best.pt')

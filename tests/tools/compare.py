@@ -174,7 +174,8 @@ def rows_of_effects(found, config):
     yield 'effect', 'seeds', f'in {loss}', 'in percent', 'seeds better', 'p'
     for name, difference in found.items():
         minus = list(difference.minus.values())
-        yield (name, str(len(minus)), difference_as_text(difference), in_words(difference),
+        yield (name, str(len(minus)), difference_as_text(difference),
+               in_words(difference, config.margin),
                f'{sum(loss < 0 for loss in minus)} of {len(minus)}',
                p_as_text(p_value(minus)) if len(minus) > 1 else '-')
 
@@ -223,17 +224,22 @@ def cell_of(found, config):
         known = ', '.join(found) or 'no run'
         raise UserError(f'cell: expected one of {known}, got {config.cell!r}')
     difference = found[config.cell]
-    return in_words(difference) if config.percent else difference_as_text(difference).strip('*')
+    if config.percent:
+        return in_words(difference, config.margin)
+    return difference_as_text(difference).strip('*')
 
 
-def in_words(difference):
-    """'1.5 % worse (95 %: 1.0 to 2.0)', or where the interval has 0 in it "can't tell: ..."."""
+def in_words(difference, margin=None):
+    """'1.5 % worse (95 %: 1.0 to 2.0)', or where the interval has 0 in it "can't tell: ..."; where
+    it lies within ± margin (nats) 'level: ...'."""
     mean, half = (100 * loss / difference.base_loss for loss in interval(difference))
     told = f'{abs(mean):.1f} % {"worse" if mean > 0 else "better"}'
     if abs(mean) > half:
         return f'{told} (95 %: {abs(mean) - half:.1f} to {abs(mean) + half:.1f})'
     ends = f'95 %: {half - mean:.1f} better to {half + mean:.1f} worse'
-    return f"can't tell: {told} ({ends if half < math.inf else 'one seed'})"
+    level = margin and sum(map(abs, interval(difference))) <= margin
+    verdict = 'level' if level else "can't tell"
+    return f'{verdict}: {told} ({ends if half < math.inf else "one seed"})'
 
 
 def draw_forest(runs, found, config):
