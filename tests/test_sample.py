@@ -107,7 +107,7 @@ def test_refusals(tmp_path, refuse):
         torch.save(best | {key: value}, tmp_path / 'best.pt')
         assert 'best.pt: expected ' in refuse(sample.main, folder), (key, value)
     folder, _ = make_run(tmp_path, mlp='dense')
-    assert 'expected a model with experts' in refuse(sample.main, folder, show)
+    assert 'got layer 1 of dense' in refuse(sample.main, folder, show)
 
 
 @pytest.mark.parametrize('trained_with, is_told', (
