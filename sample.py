@@ -12,6 +12,9 @@ of all experts. Of a folder of runs: their table and pictures, as at the end of
 train.py.
 
     python sample.py out/quick_start
+
+Four parts: 1. a run's model; 2. which expert took which token; 3. results of
+several runs, their table and pictures; 4. main, and the text that is written.
 """
 
 import glob
@@ -164,9 +167,10 @@ def experts_page(texts, scores, weights, notes):
             f'sum to {100 * per_token:.0f} %; an even one is {100 * per_token / E:.0f} %.</p>\n']
     for layer, (layer_scores, layer_weights) in enumerate(zip(scores.tolist(), weights.tolist())):
         page.append(f'<h2>Layer {layer + 1}</h2>\n')
+        # those without a note come last
         for note, expert in sorted(zip(notes[layer], range(E)), key=lambda pair: pair[0] == ''):
             page.append(paint(f'&nbsp;expert {expert}&nbsp;', expert))
-            page.append(f' takes {note}<br>\n' if note else '\n')    # without a note they come last
+            page.append(f' takes {note}<br>\n' if note else '\n')
         page.append('<pre>')
         for text, p, w in zip(texts, layer_scores, layer_weights):
             tip = [f'{expert}: {score:.2f}' + (f', weight {weight:.2f}' if weight else '')
@@ -205,8 +209,8 @@ def read_results(out_dir):
     for name in sorted(os.listdir(out_dir)) if os.path.isdir(out_dir) else ():
         folder = os.path.join(out_dir, name)
         files = [os.path.join(folder, file) for file in ('log.jsonl', 'config.json')]
+        # what lacks one of them is no run, or has not been evaluated yet
         if all(os.path.exists(file) and os.path.getsize(file) for file in files):
-            # else it is no run, or has not been evaluated yet
             try:
                 results.append(read_result(folder))
             except Exception as error:   # files can be damaged in many ways
@@ -244,8 +248,8 @@ def group(results):
     def label(name, common):
         keys = differing([other for other_name, other, _ in groups if other_name == name])
         keys -= {'iter', 'diverged'}
-        if common.get('iter') != furthest:                         # how far it is, or was
-            keys.add('diverged' if 'diverged' in common else 'iter')
+        if common.get('iter') != furthest:
+            keys |= common.keys() & {'iter', 'diverged'}           # how far it is, or was
         notes = [f'{key} {common.get(key)}' for key in sorted(keys)]
         return f'{name} ({", ".join(notes)})' if notes else name
     return {label(name, common): seeds for name, common, seeds in groups}
@@ -289,8 +293,8 @@ def is_plain_moe(recipe):
 
 
 def is_base(name, recipe, base):
-    """Whether a run is one to be subtracted: for 'moe' a plain moe, whatever it is called; for
-    another base the run called so, or labelled so by group."""
+    """Whether a run is to be subtracted. 'moe' is any plain moe, since runs are named freely; other
+    bases are runs of that name. (A label of group is the name, and maybe notes in parentheses.)"""
     return is_plain_moe(recipe) if base == 'moe' else name.partition(' (')[0] == base
 
 
@@ -311,9 +315,8 @@ def difference_from(base, base_seeds, seeds, loss):
 
 
 def differences(runs, base='moe', loss='lowest_val_loss'):
-    """Run -> its Difference from base, on the seeds that both have. Where several runs are a base,
-    each is compared with the one that differs least: an aoe with one expert with the moe with one.
-    """
+    """Run -> its Difference from base, on the seeds that both have. Of several bases it is the one
+    most like the run: of two moe, with top_k 1 and 2, that with the run's top_k."""
     def unlikeness(difference):
         differ = set(difference.differ)
         return len(differ - {'learning_rate', 'min_lr'}), len(differ)      # rates decide last

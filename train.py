@@ -78,7 +78,7 @@ class TrainConfig(GPTConfig):
     eval_interval: int = 250             # iterations between evaluations
     eval_iters: int = 50                 # batches in an evaluation, the same every time
     eval_only: bool = False              # evaluate the checkpoint that is there and write nothing
-    log_interval: int = 10               # iterations between losses in the bar, weights checked
+    log_interval: int = 10               # iterations between losses in the bar; weights are checked
     # data
     dataset: str = 'shakespeare'         # the folder of data_dir to train on
     data_dir: str = 'data'               # where prepare_data.py wrote it
@@ -102,7 +102,7 @@ class TrainConfig(GPTConfig):
             self.min_lr = self.learning_rate / 10
         if self.name is None:
             self.name = self.mlp
-        # None passes: settle fills it in
+        # None passes: it is decided later
         expect(self, ('batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters',
                       'log_interval', 'max_iters', 'learning_rate', 'lr_decay_iters', 'threads',
                       'jobs'), 'a positive number', lambda n: 0 < n < 2**31)
@@ -193,7 +193,7 @@ def measure(routing, classes, config):
     measured = {
         'tokens': torch.tensor(used.shape[1]),                     # T
         'used': used.sum(1),                                       # T f of Eq. 6: (L, E)
-        # Eq. 8: (L,); entr is 0 for a probability of 0, as your own score of -inf gives
+        # Eq. 8: (L,); entr is 0 for a probability of 0, as a score of -inf gives
         'ent_conf': torch.special.entr(routing.scores.softmax(-1)).sum(-1).mean(1),
         'aux_loss': routing.aux_loss.sum()}
     if config.mlp == 'aoe':
@@ -286,7 +286,7 @@ class State:
     seconds: float = 0.0                 # of training, without evaluations
     log: list = field(default_factory=list)        # its evaluations, as in log.jsonl
     recipe: dict = field(default_factory=dict)     # what shapes its result: part 2
-    ckpt_time: int | None = None         # of its ckpt.pt, as this process has left it: part 2
+    ckpt_time: int | None = None         # when we last wrote ckpt.pt: save refuses another's
 
 
 def begin(config, device, data):
@@ -307,7 +307,7 @@ def train(config, note):
     """Train one run, from scratch or from its ckpt.pt, until max_iters, or until STOP. Calls
     note(tokens since the last call, loss). Raises UserError; as RunFailed where it diverges."""
     c, device = config, configurator.choose_device(config.device)
-    configurator.keep_freed_memory()     # of the C library: a quarter of a step's time on a CPU
+    configurator.keep_freed_memory()     # saves a quarter of a step's time on a CPU
     torch.set_num_threads(c.threads)
     with expecting(f'out_dir: expected a folder to write to, {c.folder!r}'):
         os.makedirs(c.folder, exist_ok=True)
@@ -363,14 +363,14 @@ def one_iteration(state):
 
 
 def evaluate_and_save(state, ended, stopped):
-    """Evaluate the model and save the run. One that stops is saved alone."""
+    """Save the run, and evaluate it before, unless it stops midway or was evaluated here before."""
     c, log = state.config, state.log
     evaluated = log and log[-1]['iter'] == state.iteration
-    if evaluated and not (ended or stopped) and read_config_json(c).get('iter') == state.iteration:
-        return                           # it goes on from there: all is written
     if evaluated or (stopped and not ended):
-        refuse_not_finite(state)
-        save(state)
+        written = read_config_json(c).get('iter') == state.iteration
+        if ended or stopped or not written:                        # else it was resumed here
+            refuse_not_finite(state)
+            save(state)
         return
     splits = ('train', 'val', 'test') if ended else ('train', 'val')
     log.append({'iter': state.iteration, 'tokens': state.iteration * c.tokens_per_iter,
@@ -439,8 +439,8 @@ def report(config, entry):
 # Part 2: a run's files, and its recipe. That is all that shapes a run's result: runs with equal
 # recipes, but for the seed, are seeds of one another.
 
-# These keys are not in it. dataset counts by its sha256; max_iters doesn't count, since
-# lr_decay_iters shapes the schedule; the others shape no result.
+# These keys are not in it, since a run may go on with others. dataset counts by its sha256, device
+# by its type, max_iters by lr_decay_iters, which shapes the schedule.
 NOT_IN_RECIPE = {'recompute', 'max_iters', 'log_interval', 'eval_only', 'dataset', 'data_dir',
                  'out_dir', 'name', 'runs', 'seeds', 'jobs', 'device', 'threads', 'compile'}
 # these may change where a run goes on: its recipe then has both, as 'cpu, then cuda'
@@ -527,8 +527,8 @@ def go_on(state):
 
 
 def changed_keys(old, now):
-    """The keys that are not in the recipe now what they were in the old one, in order. An older
-    checkpoint lacks newer keys: they had their defaults."""
+    """The keys whose values differ between an old recipe and the one of now, sorted. A key that the
+    old one lacks counts as its default."""
     defaults = {key.name: key.default for key in fields(TrainConfig)}
     return sorted(key for key in now if last_of((defaults | old).get(key)) != now[key])
 
@@ -539,16 +539,17 @@ def refuse_another_recipe(config, old, now):
     if not wrong or config.eval_only:
         return
     told = ', '.join(f'{key} was {old.get(key)} and is {now[key]}' for key in wrong)
-    if wrong == ['lr_decay_iters']:
+    if wrong == ['lr_decay_iters']:      # more max_iters change the schedule, too: settle
         told += f', as --max_iters; --lr_decay_iters={old["lr_decay_iters"]} goes on with it'
     raise UserError(f'{config.folder} holds another run: {told}; {ANEW}, or remove it')
 
 
 def tell_changes(config, old, now):
-    """Tell what a run goes on with, or is shown with, that is another than it began with."""
+    """Tell which keys of the recipe are others now. A run that is done keeps its result."""
     changed = changed_keys(old, now)
     if changed and outcome_of(config) == 'done' and not config.eval_only:
-        tell(f'{config.folder} is done, with another {", ".join(changed)}, and stays so; {ANEW}')
+        tell(f'{config.folder} is done, with another {", ".join(changed)}, and not trained again; '
+             f'{ANEW}')
         return
     for key in changed:
         tell(f'{config.folder}: {key} was {old.get(key)} and is {now[key]}')
@@ -563,7 +564,8 @@ def read_config_json(config):
 
 def outcome_of(config):
     """What has become of a run: 'done', 'diverged', or None where it has iterations to go, or a
-    file to be written anew. Raises UserError."""
+    file is gone (best.pt comes back only if the last evaluation is the lowest). Raises UserError.
+    """
     result = read_config_json(config)
     if 'diverged' in result:
         return 'diverged'
@@ -580,7 +582,7 @@ def settle(config, jobs):
     old = saved['recipe']
     c.threads = c.threads or max(1, configurator.usable_cores() // max(jobs, WORLD_SIZE))
     c.vocab_size = c.vocab_size or meta['vocab_size']
-    if c.eval_only:                      # which has no schedule
+    if c.eval_only:                      # no training, so no schedule: keep the old one
         c.lr_decay_iters = old.get('lr_decay_iters')
     c.lr_decay_iters = c.lr_decay_iters or c.max_iters
     if c.dtype == 'auto':
@@ -622,14 +624,17 @@ def refuse_misfits(config, meta, iteration):
 # Part 3: several runs
 
 def merge(keys, later):
-    """Keys and later ones, which win, also over what is in `runs`; a later mlp replaces these.
+    """Keys, then later ones, which win: over the same keys in entries of `runs`, too. A later mlp
+    takes the place of `runs`.
 
         {'runs': {'a': {'top_k': 1}}}, {'top_k': 2}  ->  {'runs': {'a': {}}, 'top_k': 2}
     """
     merged = keys | later
-    if 'mlp' in later and 'runs' not in later:
-        merged.pop('runs', None)
-    elif 'runs' not in later and keys.get('runs'):
+    if 'runs' in later or keys.get('runs') is None:
+        return merged
+    if 'mlp' in later:
+        del merged['runs']
+    else:
         merged['runs'] = {run: {key: value for key, value in typed_keys(run, own).items()
                                 if key not in later} for run, own in keys['runs'].items()}
     return merged
@@ -756,14 +761,13 @@ def train_side_by_side(runs, jobs, note):
                     tell(line.rstrip('\n'))
         # 0: trained; 1: diverged; 2: a UserError; 143: stopped and saved; others: it was killed
         status, stopping = process.returncode, STOP.number > 0
-        if status == 128 + signal.SIGTERM and stopping:
-            return 0
         if status == 2 and not stopping:
-            stop(signal.SIGTERM)
+            stop(signal.SIGTERM)                                   # the others, too
         if status in (0, 1, 2):
             return status
-        if not stopping:
-            tell(f'error: {run.folder}: its process was killed; the same command goes on with it')
+        if stopping:
+            return 0 if status == 128 + signal.SIGTERM else 1
+        tell(f'error: {run.folder}: its process was killed; the same command goes on with it')
         return 1
     with ThreadPoolExecutor(jobs) as pool:                         # a thread waits for each
         return max(pool.map(train_apart, runs), default=0)
