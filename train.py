@@ -658,7 +658,8 @@ def plan_runs(from_file, from_line):
     given = merge(from_file, from_line)
     runs, name = given.pop('runs', None), given.pop('name', None)
     if runs is None:
-        runs = {mlp: {'mlp': mlp} for mlp in given.pop('mlp', TrainConfig.mlp).split(',')}
+        names = [mlp.strip() for mlp in given.pop('mlp', TrainConfig.mlp).split(',')]
+        runs = {mlp: {'mlp': mlp} for mlp in names}
     runs = {run: typed_keys(run, keys) for run, keys in runs.items()}
     seeds = given.get('seeds') or [given.get('seed', TrainConfig.seed)]
     refuse_contradictions(given, runs, name, seeds)
@@ -759,14 +760,14 @@ def train_side_by_side(runs, jobs, note):
                     note(int(tokens), float(loss))
                 else:
                     tell(line.rstrip('\n'))
-        # 0: trained; 1: diverged; 2: a UserError; 143: stopped and saved; others: it was killed
+        # 0: trained; 1: diverged; 2: a UserError; 130, 143: stopped, saved; others: it was killed
         status, stopping = process.returncode, STOP.number > 0
         if status == 2 and not stopping:
             stop(signal.SIGTERM)                                   # the others, too
         if status in (0, 1, 2):
             return status
         if stopping:
-            return 0 if status == 128 + signal.SIGTERM else 1
+            return 0 if status in (128 + signal.SIGINT, 128 + signal.SIGTERM) else 1
         tell(f'error: {run.folder}: its process was killed; the same command goes on with it')
         return 1
     with ThreadPoolExecutor(jobs) as pool:                         # a thread waits for each

@@ -94,11 +94,14 @@ def effects_of(runs, config):
         words = re.split(r'\s([+-])\s', f' + {terms.strip()}')[1:]
         sides = {'+': [], '-': []}
         for sign, word in zip(words[::2], words[1::2]):
-            sides[sign] += [run for run in runs if run == word or run.startswith(f'{word} (')]
+            called = [run for run in runs if run == word or run.startswith(f'{word} (')]
+            if len(called) != 1:
+                raise UserError(f'effect: expected names of {", ".join(runs):.200}, each of one '
+                                f'run, got {word!r} in {terms.strip()!r}')
+            sides[sign] += called
         used = [runs[run] for run in sides['+'] + sides['-']]
-        if len(used) != len(words) // 2 or not sides['-']:
-            raise UserError(f'effect: expected as in "a + b - c - d" names of '
-                            f'{", ".join(runs):.200}, each of one run, got {terms.strip()!r}')
+        if not sides['-']:
+            raise UserError(f'effect: expected runs with + and -, got {terms.strip()!r}')
         recipes = [first_of(seeds)['recipe'] | {'iter': first_of(seeds)['iter']} for seeds in used]
         differ = differing(recipes) - OF_THE_MLP - {'seed'}
         # a longer run may be meant, but none that was stopped
