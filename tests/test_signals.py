@@ -136,8 +136,10 @@ def test_a_second_ctrl_c_ends_at_once(workspace, jobs, first):
     out = f'out/twice{jobs}{first}'
     process = start_script('train.py', *TWO, '--eval_iters=1000000', '--batch_size=1',
                            '--block_size=1', f'--jobs={jobs}', f'--out_dir={out}', cwd=workspace)
-    wait_until(lambda: len(list((workspace / out).glob('*'))) == jobs, process)
-    time.sleep(1)                                                  # they begin to evaluate
+    described = 0
+    while described < jobs:              # a run describes itself, and begins to evaluate
+        described += ' parameters, ' in process.stdout.readline()
+    time.sleep(1)
     process.send_signal(first)
     if first == signal.SIGINT:
         assert [process.stderr.readline() for _ in range(2)] == ['\n', f'{STOPPING}\n']
