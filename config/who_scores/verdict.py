@@ -1,12 +1,14 @@
 """The verdict: who should score, a router or the experts, and which gate? The 2 x 2, equal in
-parameters to 1 %, and two more, on 20 seeds that no other file uses:
+parameters to 1 %, and three more, on 20 seeds that no other file uses:
 
                      whole gate     factorised gate
     a router         moe            moe_factorised
     the experts      aoe_whole      aoe              the paper's AoE
 
-    aoe_narrow   aoe, but 8 of its 32 numbers score
-    dense        one MLP, as large as the two experts that a token meets
+    dense           one MLP, as large as the two experts that a token meets
+    dense_longer    dense for the seconds that moe takes: 1.26 times as many iterations, by the
+                    medians of rates.py's four runs of each with seed 384, a core each
+    aoe_narrow      aoe, but 8 of its 32 numbers score; it waits for its learning rate
 
 Named before the first run:
 
@@ -22,7 +24,10 @@ Named before the first run:
   can't tell.
 - Each variant has the learning rate that rates.py found by its rule. Nothing else is chosen. A run
   that diverges is reported.
-- Nothing is looked at before all runs of a block of seeds are done.
+- The 2 x 2 runs first, then dense and dense_longer, then aoe_narrow. Nothing is looked at before
+  all runs of such a block are done.
+- A second scale, not run: 192 wide, the 2 x 2, seeds 521 to 528, rates found by the same rule on
+  seeds 381 and 382.
 
     python prepare_data.py shakespeare
     python train.py config/small.py config/who_scores/verdict.py
@@ -35,15 +40,15 @@ out_dir = 'out/verdict'
 dtype = 'float32'
 aux_weight = 0.01
 seeds = range(501, 521)
-# not yet those of rates.py: they are filled in when it has ended, before the first run
-_rates = dict.fromkeys(('moe', 'moe_factorised', 'aoe_whole', 'aoe', 'aoe_narrow', 'dense'), 2.8e-3)
+_rates = {'moe': 4e-3, 'moe_factorised': 2e-3, 'aoe_whole': 2e-3, 'aoe': 2e-3, 'dense': 4e-3,
+          'dense_longer': 4e-3}          # by rates.py's rule; aoe_narrow's isn't bracketed yet
 runs = {
     'moe': {'mlp': 'moe'},
     'moe_factorised': {'mlp': 'moe', 'factorised': True},
     'aoe_whole': {'mlp': 'aoe', 'factorised': False},
     'aoe': {'mlp': 'aoe'},
-    'aoe_narrow': {'mlp': 'aoe', 'd_judge': 8},
     'dense': {'mlp': 'dense'},
+    'dense_longer': {'mlp': 'dense', 'max_iters': 2020},
 }
 for _name, _rate in _rates.items():
     runs[_name]['learning_rate'] = _rate
