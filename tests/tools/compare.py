@@ -267,9 +267,10 @@ def draw_forest(runs, found, config):
     of = 'effects' if config.effect else f'minus that of {config.minus}'
     than = '' if config.effect else f' than {config.minus}'
     axes.set_title(f'Better (left) or worse (right){than}, in percent', fontsize=14)
+    differ = sorted({key for difference in found.values() for key in difference.differ})
     figure.supxlabel('\n'.join([
         f'{config.loss.replace("_", " ")}, {of}: mean and 95 % interval',
-        *(textwrap.fill(note, 90) for note in notes_of(found))]), fontsize=12)
+        *([f'runs differ in {", ".join(differ)}, too'] if differ else [])]), fontsize=12)
     save_figure(figure, config.forest)
 
 
