@@ -7,7 +7,7 @@ parameters to 1 %, and three more, on 20 seeds that no other file uses:
 
     dense           one MLP, as large as the two experts that a token meets
     dense_longer    dense for the seconds that moe takes: 1.26 times as many iterations, by the
-                    medians of rates.py's four runs of each with seed 384, a core each
+                    medians of rates.py's runs of each with seed 384, a core each
     aoe_narrow      aoe, but 8 of its 32 numbers score; it waits for its learning rate
 
 Named before the first run:
@@ -24,7 +24,7 @@ Named before the first run:
   can't tell.
 - Each variant has the learning rate that rates.py found by its rule. Nothing else is chosen. A run
   that diverges is reported.
-- The 2 x 2 runs first, then dense and dense_longer, then aoe_narrow. Nothing is looked at before
+- The 2 x 2 runs first, then dense_longer, dense and aoe_narrow. Nothing is looked at before
   all runs of such a block are done.
 - A second scale, not run: 192 wide, the 2 x 2, seeds 521 to 528, rates found by the same rule on
   seeds 381 and 382.
