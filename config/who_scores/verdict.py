@@ -24,8 +24,8 @@ Named before the first run:
   can't tell.
 - Each variant has the learning rate that rates.py found by its rule. Nothing else is chosen. A run
   that diverges is reported.
-- The 2 x 2 runs first, then dense_longer, dense and aoe_narrow. Nothing is looked at before
-  all runs of such a block are done.
+- The 2 x 2 runs first, then dense_longer, dense and aoe_narrow. Nothing is looked at before all
+  runs of such a block are done. (dense_longer was, after ten seeds.)
 - A second scale, not run: 192 wide, the 2 x 2, seeds 521 to 528, rates found by the same rule on
   seeds 381 and 382.
 
