@@ -40,15 +40,12 @@ out_dir = 'out/verdict'
 dtype = 'float32'
 aux_weight = 0.01
 seeds = range(501, 521)
-_rates = {'moe': 4e-3, 'moe_factorised': 2e-3, 'aoe_whole': 2e-3, 'aoe': 2e-3, 'dense': 4e-3,
-          'dense_longer': 4e-3}          # by rates.py's rule; aoe_narrow's isn't bracketed yet
+# learning rates by rates.py's rule; aoe_narrow's isn't bracketed yet
 runs = {
-    'moe': {'mlp': 'moe'},
-    'moe_factorised': {'mlp': 'moe', 'factorised': True},
-    'aoe_whole': {'mlp': 'aoe', 'factorised': False},
-    'aoe': {'mlp': 'aoe'},
-    'dense': {'mlp': 'dense'},
-    'dense_longer': {'mlp': 'dense', 'max_iters': 2020},
+    'moe': {'mlp': 'moe', 'learning_rate': 4e-3},
+    'moe_factorised': {'mlp': 'moe', 'factorised': True, 'learning_rate': 2e-3},
+    'aoe_whole': {'mlp': 'aoe', 'factorised': False, 'learning_rate': 2e-3},
+    'aoe': {'mlp': 'aoe', 'learning_rate': 2e-3},
+    'dense': {'mlp': 'dense', 'learning_rate': 4e-3},
+    'dense_longer': {'mlp': 'dense', 'max_iters': 2020, 'learning_rate': 4e-3},
 }
-for _name, _rate in _rates.items():
-    runs[_name]['learning_rate'] = _rate
