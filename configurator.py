@@ -17,7 +17,6 @@ import hashlib
 import inspect
 import json
 import os
-import platform
 import re
 import runpy
 import sys
@@ -82,7 +81,7 @@ def print_help(cls, usage):
             print(line if len(line) <= 80 else line.replace('   # ', '\n    # '))
 
 
-def typed(cls, key, value, where='--', note=''):
+def typed(cls, key, value, where='--'):
     """value as the type of key's field. A text is read as Python, unless the field is a text:
 
         int                  '3' -> 3              '3.5', 'x' and True are refused
@@ -91,14 +90,14 @@ def typed(cls, key, value, where='--', note=''):
         tuple                '1,2' -> (1, 2)       5 -> (5,); range(2) -> (0, 1)
         Literal['a', 'b']    'a' -> 'a'            'c' is refused
 
-    Raises UserError; its text has `where` before the key, and `note` after an unknown one."""
+    Raises UserError; its text has `where` before the key."""
     types = {field.name: field.type for field in dataclasses.fields(cls)}
     if key not in types:
         near = difflib.get_close_matches(str(key), types, n=1)
         hint = f'did you mean {near[0]}?' if near else '--help lists the keys'
         if str(value).endswith('.py'):
             hint = f'a config file stands alone: python train.py {value}'
-        raise UserError(f'{where}{key}: no such key; {hint}{note}')
+        raise UserError(f'{where}{key}: no such key; {hint}')
     # int gives (int,), int | None gives (int, NoneType), Literal['a', 'b'] gives ('a', 'b')
     allowed = typing.get_args(types[key]) or (types[key],)
     if type(value) is str:
@@ -125,14 +124,18 @@ def from_text(text, allowed):
     return text
 
 
-def read_config_file(cls, path):
-    """Run a config file, which is Python. Returns what it assigned by key, each of its field's
-    type. Raises UserError; a mistake in its code raises what Python raises."""
-    if not (path.endswith('.py') and os.path.isfile(path)):
-        raise UserError('expected a config file such as config/quick_start.py, or --key=value, '
-                        f'got {path!r}: there is no such .py file')
-    return {key: typed(cls, key, value, f'{path}: ', " (a config file's own names begin with _)")
-            for key, value in runpy.run_path(path).items() if not key.startswith('_')}
+def read_config_files(cls, paths):
+    """Run config files, which are Python. Returns what they assigned, by key, each value of its
+    field's type; a later file wins. Raises UserError, and for a mistake in a file what Python does.
+    """
+    keys = {}
+    for path in paths:
+        if not (path.endswith('.py') and os.path.isfile(path)):
+            raise UserError('expected a config file such as config/quick_start.py, or --key=value, '
+                            f'got {path!r}: there is no such .py file')
+        keys |= {key: typed(cls, key, value, f'{path}: ')
+                 for key, value in runpy.run_path(path).items() if not key.startswith('_')}
+    return keys
 
 
 def is_run_name(name):
@@ -195,23 +198,13 @@ def read_text(path):
         return file.read()
 
 
-def as_lines(entries):
-    """The text of a .jsonl, a line for each entry."""
-    return ''.join(json.dumps(entry, allow_nan=False) + '\n' for entry in entries)
-
-
-def hash_of(path):
-    """Of the code in a file, without its comments and docstrings."""
-    tree = ast.parse(read_text(path))
+def hash_of(code):
+    """Eight digits of the sha256 of Python code; comments and docstrings don't count."""
+    tree = ast.parse(code)
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             node.value.value = ''                                  # a docstring
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:8]
-
-
-def last_of(value):
-    """What a run has gone on with: of 'one, then two', as its recipe then says, 'two'."""
-    return value.rpartition(', then ')[2] if isinstance(value, str) else value
 
 
 # -----------------------------------------------------------------------------
@@ -241,17 +234,6 @@ def choose_device(name):
 def cpu_info():
     """What Linux says of the CPU; elsewhere nothing."""
     return read_text('/proc/cpuinfo') if os.path.exists('/proc/cpuinfo') else ''
-
-
-def processor_name(device):
-    """What computes, such as 'AMD EPYC (25/17) AVX512'. It is part of a run's recipe: with equal
-    settings and seed, runs end some 0.006 nats per token apart on two kinds of CPU."""
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    info = dict(re.findall(r'^([^\t\n]+)\t*: (.+)', cpu_info(), re.M))
-    name = info.get('model name', platform.processor())
-    kind = f' ({info.get("cpu family", "?")}/{info.get("model", "?")})' if info else ''
-    return f'{name}{kind} {torch.backends.cpu.get_cpu_capability()}'
 
 
 def usable_cores():
