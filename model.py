@@ -1,21 +1,21 @@
 """
-A small GPT whose MLP is one of three, and nothing else changes:
+A small GPT whose MLP is one of three. Nothing else in the model changes.
 
     dense   one SwiGLU MLP
-    moe     E experts; a router decides which K of them see a token               (Algorithm 1)
-    aoe     E experts, no router; every expert looks at the token, and the K that respond
-            most strongly go on: Autonomy-of-Experts, arXiv 2501.13074            (Algorithm 2)
+    moe     E experts; a router decides which K of them handle a token            (Algorithm 1)
+    aoe     E experts and no router: every expert looks at the token, and the K that respond
+            most strongly handle it. Autonomy-of-Experts, arXiv 2501.13074        (Algorithm 2)
 
-Four parts, to be read in this order:
+The file has four parts, to be read in this order:
     1. the three MLPs, as the paper writes them        all of AoE is here
     2. the GPT around them                             RMSNorm, rotary positions, no biases
     3. a matmul for all experts, and one for each      can be taken on trust
-    4. the configuration                               defaults, refusals, other ways to choose
+    4. the configuration                               defaults, other ways to choose, errors
 
-Shapes in the comments:
-    B sequences of S positions; together T = B * S tokens. (nanoGPT calls S positions T.)
+The comments give shapes in these letters:
+    B sequences of S positions make T = B * S tokens (nanoGPT calls the S positions T)
     D = n_embd (nanoGPT's C), E = n_expert, K = top_k
-    d = an expert's hidden width: d_ffn, or d_wide where its gate is factorised (Eq. 5)
+    d = the hidden width of an expert: d_ffn, or d_wide (Eq. 5)
 """
 
 import math
@@ -30,32 +30,33 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class GPTConfig:
-    """What defines a model. Raises ValueError where the numbers do not fit."""
+    """All that defines a model. Raises ValueError if the values do not fit together."""
     # model
     block_size: int = 64                 # context length, in tokens
-    vocab_size: int | None = None        # None: as many as the data's tokenizer has
+    vocab_size: int | None = None        # None: that of the data's tokenizer
     n_layer: int = 4                     # number of blocks
     n_head: int = 4                      # attention heads per block
     n_embd: int = 128                    # width of the residual stream, D
     dropout: float = 0.0                 # probability of dropping an activation in training
     mlp: str = 'aoe'                     # aoe, moe or dense; train.py takes several: aoe,moe
-    factorised: bool | None = None       # True: gate x Wdown Wup; False: x Wg; None: True in aoe
+    factorised: bool | None = None       # gate x Wdown Wup, not x Wg; None: True in aoe alone
     n_expert: int = 8                    # experts per layer, E
     top_k: int = 2                       # experts that handle a token, K
     d_ffn: int | None = None             # hidden width of an expert; dense: K times it; None: 4 D
     d_low: int | None = None             # inner width of a factorised gate; None: about D / 3
     d_judge: int | None = None           # how many numbers score in aoe; None: d_low, or D / 6
+    tied: bool = True                    # aoe scores with a part of its gate; False: with w_judge
     aux_weight: float = 0.0              # weight of L_aux, which evens out loads; paper: 0 and 0.01
-    # other variants, most of the paper's Tables 2 and 3
-    router: Literal['linear', 'large'] = 'linear'   # moe's; large has as many numbers as w_down
+    # further variants, most of them in the paper's Tables 2 and 3
+    router: Literal['linear', 'large'] = 'linear'   # of moe; large has the size of aoe's w_down
     router_std: float = 0.02             # standard deviation of a router's first weights
     select: Literal['top_k', 'top_p', 'expert_choice'] = 'top_k'   # how experts are chosen
-    top_p: float = 0.6                   # the probability that top_p's experts reach together
+    top_p: float = 0.6                   # top_p: the probability that the chosen reach together
     weigh_among: Literal['chosen', 'all'] = 'chosen'   # softmax over these; Switch Transformer: all
-    conf_weight: float = 0.0             # weight of Ent_conf in the loss; paper: 1e-4 with top_p
-    capacity_factor: float = 2.0         # an expert of expert_choice takes this * T/E tokens
+    conf_weight: float = 0.0             # weight of Ent_conf, the scores' entropy; paper: 1e-4
+    capacity_factor: float = 2.0         # expert_choice: an expert takes this times T / E tokens
     # memory
-    recompute: bool = False              # compute blocks again in backward instead of storing them
+    recompute: bool = False              # compute each block again in backward: slower, smaller
 
     def __post_init__(self):
         refuse_out_of_range(self)                                  # both are in part 4
@@ -63,20 +64,22 @@ class GPTConfig:
 
     @property
     def d_wide(self):
-        """Hidden width of an expert whose gate is factorised (Eq. 5)."""
-        return width_of_equal_size(self.n_embd, self.d_ffn, self.d_low)
+        """The hidden width that gives an expert as many numbers as one of moe (Eq. 5)."""
+        d_low = self.d_low if self.factorised else None
+        own_judge = 0 if self.tied else self.d_judge
+        return width_of_equal_size(self.n_embd, self.d_ffn, d_low, own_judge)
 
 
 # -----------------------------------------------------------------------------
-# Part 1: the three MLPs. Each takes T tokens x (T, D); gives h (T, D), and what its experts did.
+# Part 1: the three MLPs. Each takes T tokens x (T, D) and returns h (T, D) and a Routing.
 
 class Routing(NamedTuple):
-    """What the experts did with T tokens. The GPT stacks its layers: (L, T, E) and so on. With
-    top_p and expert_choice I and w have a place for each expert: (T, E) for (T, K)."""
-    scores: torch.Tensor     # (T, E)  p: the norms of aoe, or what the router of moe says
-    chosen: torch.Tensor     # (T, K)  I: the experts that handle the token; -1 is nobody
-    weights: torch.Tensor    # (T, K)  w: how much each counts; 0 for nobody
-    aux_loss: torch.Tensor   # ()      aux_weight * L_aux + conf_weight * Ent_conf, to be added
+    """What the experts did with T tokens. The GPT stacks those of its layers: (L, T, E) and so on.
+    With top_p and expert_choice, chosen and weights are (T, E)."""
+    scores: torch.Tensor     # (T, E)  p: the norms of aoe, or the logits of moe's router
+    chosen: torch.Tensor     # (T, K)  I: the experts that handle the token; -1 means nobody
+    weights: torch.Tensor    # (T, K)  w: how much each of them counts; 0 for nobody
+    aux_loss: torch.Tensor   # ()      aux_weight * L_aux + conf_weight * Ent_conf
 
 
 class MLP(nn.Module):
@@ -96,18 +99,18 @@ class MLP(nn.Module):
 
 
 class SparseMLP(nn.Module):
-    """What moe and aoe share: E experts, small SwiGLU MLPs, of which each token sees K.
+    """What moe and aoe share: E small SwiGLU MLPs, the experts, of which K handle each token.
 
-    An expert is (SiLU(gate) * (x Wp_i)) Wo_i. Its gate is x Wg_i (a whole gate), or x Wdown_i Wup_i
-    with only d_low numbers between the two matrices (a factorised gate). In the paper moe has whole
-    gates, and aoe factorised ones.
+    Expert i computes (SiLU(gate) * (x Wp_i)) Wo_i. Its gate is either whole, x Wg_i, or factorised,
+    x Wdown_i Wup_i, with only d_low numbers between the two matrices. In the paper moe has whole
+    gates and aoe has factorised ones.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         D, E = config.n_embd, config.n_expert
-        d = config.d_wide if config.factorised else config.d_ffn
+        d = config.d_wide
         self.w_p = nn.Parameter(torch.empty(E, D, d))
         self.w_o = nn.Parameter(torch.empty(E, d, D))
         if config.factorised:
@@ -123,28 +126,27 @@ class SparseMLP(nn.Module):
         return p.topk(self.config.top_k).indices                   # argtopK(p)
 
     def weigh(self, p, I):
-        """w (T, K) = softmax(p[I]); 0 for nobody. A choice has no gradient: the cross-entropy
-        teaches the scores through w alone."""
-        p = at_least_float32(p)                                    # norm and route return no less
+        """w (T, K) = softmax(p[I]), and 0 for nobody. Choosing has no gradient, so the
+        cross-entropy trains the scores through w."""
+        p = at_least_float32(p)                                    # for a score of your own
         nobody = I < 0
-        I = I.masked_fill(nobody, 0)                               # gather needs an expert
+        I = I.masked_fill(nobody, 0)                               # gather can't take -1
         if self.config.weigh_among == 'all':
             return p.softmax(-1).gather(1, I).masked_fill(nobody, 0)
-        # a large number and not -inf: the softmax of a token that nobody handles would be NaN
+        # not -inf, or the softmax of a token that nobody handles would be NaN
         chosen_p = p.gather(1, I).masked_fill(nobody, -1e30)
         return chosen_p.softmax(-1).masked_fill(nobody, 0)
 
     def experts(self, x, I, w, C=None):
         """h (T, D) = sum over i in I of w_i (SiLU(gate_i) * (x Wp_i)) Wo_i.
 
-        The chosen pairs of a token and an expert become N rows, sorted by expert: rows.token is the
-        token, rows.weight its w_i, and rows.pair the pair's place in C (T, E, d_low), the products
-        x Wdown_i, where aoe has computed them. `of_each` multiplies the rows of each expert by its
-        matrix (part 3)."""
+        Each chosen pair of a token and an expert becomes a row. The N rows are sorted by expert, so
+        that `of_each` can multiply the rows of each expert by its matrix (part 3). C (T, E, d_low)
+        holds the products x Wdown_i where aoe has computed them; rows.pair says where in it."""
         rows = sort_by_expert(I, w, self.config.n_expert)
         x_rows = x.index_select(0, rows.token)                     # (N, D)
         if self.config.factorised:
-            if C is None:                                          # a router has chosen
+            if C is None:
                 C_rows = of_each(self.w_down, x_rows, rows)        # x Wdown_i: (N, d_low)
             else:
                 C_rows = C.flatten(0, 1).index_select(0, rows.pair)
@@ -154,11 +156,11 @@ class SparseMLP(nn.Module):
         u = of_each(self.w_p, x_rows, rows)                        # x Wp_i: (N, d)
         y = of_each(self.w_o, F.silu(gate) * u, rows)              # (N, D)
         y = y * rows.weight.type_as(y).unsqueeze(1)                # times w_i
-        return y.new_zeros(x.shape).index_add(0, rows.token, y)    # sum a token's rows: (T, D)
+        return y.new_zeros(x.shape).index_add(0, rows.token, y)    # the sum for each token: (T, D)
 
     def auxiliary_loss(self, p, I):
         """aux_weight * L_aux + conf_weight * Ent_conf, from the scores p (T, E) and the chosen I.
-        L_aux is lowest where all experts handle equally many tokens."""
+        L_aux, the load-balancing loss, is lowest where all experts handle equally many tokens."""
         p, E = at_least_float32(p), self.config.n_expert
         loss = p.new_zeros(())
         if self.config.aux_weight:
@@ -178,7 +180,7 @@ class MoE(SparseMLP):
         D, E = config.n_embd, config.n_expert
         n = D
         if config.router == 'large':
-            # Table 2: D n + n E numbers, as many as the E matrices Wdown_i of aoe have
+            # its D n + n E numbers are as many as in the E matrices Wdown_i of aoe (Table 2)
             n = round(E * config.d_low * D / (D + E))
             self.router_in = nn.Parameter(torch.empty(D, n))
         self.router = nn.Parameter(torch.empty(n, E))
@@ -191,7 +193,7 @@ class MoE(SparseMLP):
         return h, Routing(p.detach(), I, w.detach(), self.auxiliary_loss(p, I))
 
     def route(self, x):
-        """R(x) = x router; for the large one SiLU(x router_in) router."""
+        """R(x) = x router, or SiLU(x router_in) router for the large one."""
         if self.config.router == 'large':
             x = F.silu(x @ self.router_in)
         with torch.autocast(x.device.type, enabled=False):         # scores are float32 at least
@@ -199,8 +201,8 @@ class MoE(SparseMLP):
 
 
 class AoE(SparseMLP):
-    """Autonomy of experts, Algorithm 2. No router: every expert takes the first step of its gate,
-    and the norm of what it finds is its score. The chosen go on from there."""
+    """Autonomy of experts, Algorithm 2. There is no router: every expert takes the first step of
+    its gate, and the norm of the result is its score. The chosen experts continue from there."""
 
     def forward(self, x):                                          # (T, D)
         C = of_all(self.w_down, x)                                 # Eq. 3, x Wdown_i: (T, E, d_low)
@@ -211,12 +213,19 @@ class AoE(SparseMLP):
         return h, Routing(p.detach(), I, w.detach(), self.auxiliary_loss(p, I))
 
 
-class WholeAoE(SparseMLP):
-    """Not in the paper: experts that score themselves, and have a whole gate. The norm of the first
-    d_judge numbers of x Wg_i is the score; the chosen then compute all of x Wg_i."""
+class JudgedAoE(SparseMLP):
+    """Not in the paper: experts score themselves, but by a judge that saves their gate no work. The
+    judge is the first d_judge columns of a whole gate or, with tied=False, a matrix of its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        if not config.tied:
+            D, E = config.n_embd, config.n_expert
+            self.w_judge = nn.Parameter(torch.empty(E, D, config.d_judge))
 
     def forward(self, x):                                          # (T, D)
-        p = norm(of_all(self.w_g[:, :, :self.config.d_judge], x))  # (T, E)
+        judge = self.w_g[:, :, :self.config.d_judge] if self.config.tied else self.w_judge
+        p = norm(of_all(judge, x))                                 # (T, E)
         I = self.choose(p)                                         # from here as in AoE, without C
         w = self.weigh(p, I)
         h = self.experts(x, I, w)
@@ -225,9 +234,11 @@ class WholeAoE(SparseMLP):
 
 def mlp_of(config):
     """The MLP that the configuration asks for."""
-    if config.mlp == 'aoe':
-        return AoE(config) if config.factorised else WholeAoE(config)
-    return MoE(config) if config.mlp == 'moe' else MLP(config)
+    if config.mlp == 'dense':
+        return MLP(config)
+    if config.mlp == 'moe':
+        return MoE(config)
+    return AoE(config) if config.factorised and config.tied else JudgedAoE(config)
 
 
 def norm(C):
@@ -237,8 +248,8 @@ def norm(C):
 
 def count(I, E):
     """How many tokens each expert handles, by I (T, K): (E,)."""
-    I = I.masked_fill(I < 0, E).flatten()                          # -1, nobody, becomes E
-    return I.new_zeros(E + 1).scatter_add(0, I, torch.ones_like(I))[:E]
+    I = I.masked_fill(I < 0, E).flatten()                          # count nobody in a last place,
+    return I.new_zeros(E + 1).scatter_add(0, I, torch.ones_like(I))[:E]        # then cut that off
 
 
 def entropy(p):
@@ -253,19 +264,20 @@ def at_least_float32(x):
 # -----------------------------------------------------------------------------
 # Part 2: the GPT
 
-EPS = torch.finfo(torch.float32).eps     # RMSNorm would take the dtype's: 0.008 in bfloat16
+EPS = torch.finfo(torch.float32).eps     # by default RMSNorm takes its input's: 0.008 in bfloat16
 
 
 def rotate(x, cos, sin):
-    """Rotary positions: the numbers i and i + head_dim / 2 of a head are a pair, turned by an angle
-    that grows with the position. x (B, n_head, S, head_dim); cos and sin (S, head_dim / 2)."""
+    """Rotary positions: the numbers i and i + head_dim / 2 of a head form a pair, which is rotated
+    by an angle that grows with the position. x is (B, n_head, S, head_dim), cos and sin are
+    (S, head_dim / 2)."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1).type_as(x)
 
 
 def attend(q, k, v, dropout):
-    """softmax(q k^T / sqrt(head_dim)) v, causal; all (B, n_head, S, head_dim)."""
-    if q.device.type == 'cpu' and q.shape[2] < 256:                # here bfloat16 is slow
+    """Causal softmax(q k^T / sqrt(head_dim)) v. All are (B, n_head, S, head_dim)."""
+    if q.device.type == 'cpu' and q.shape[2] < 256:                # float32 is faster here
         with torch.autocast('cpu', enabled=False):
             q, k, v = (at_least_float32(part) for part in (q, k, v))
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
@@ -303,7 +315,7 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin):                                # (B, S, D)
         x = x + self.dropout(self.attention(self.norm_1(x), cos, sin))
-        tokens = as_autocast(self.norm_2(x)).flatten(0, 1)         # (T, D), cast for all matmuls
+        tokens = as_autocast(self.norm_2(x)).flatten(0, 1)         # (T, D), cast once for part 3
         h, routing = self.mlp(tokens)                              # (T, D)
         return x + self.dropout(h.view_as(x)), routing
 
@@ -331,34 +343,35 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Draw every matrix, also one that you add, from a normal distribution, with a standard
-        deviation of
+        """Draw every matrix, one that you add included, from a normal distribution with this
+        standard deviation:
 
-            w_g, w_p, w_down, w_up, router_in     1 / sqrt(rows): an input of variance 1 keeps it
-            w_o, attention.out                    0.02 / sqrt(2 n_layer): they add to the residual
-            router                                router_std
-            all others                            0.02
+            w_g, w_p, w_down, w_up, w_judge, router_in   1 / sqrt(rows), which keeps a variance of 1
+            w_o, attention.out                           0.02 / sqrt(2 n_layer): they add up
+            router                                       router_std
+            all others                                   0.02
 
-        GPT-2 has 0.02 in the first line, too. That is 1 / sqrt(2500), and suits a D of some
-        thousands: at D 96 the experts start nearly alike, and every variant ends at a higher loss.
+        GPT-2 has 0.02 in the first line, too. That is 1 / sqrt(2500) and suits a D of some
+        thousands. At D 96 experts would start nearly alike, and every variant would end worse.
         """
         for name, weight in self.named_parameters():
             std = 0.02
-            if name.endswith(('w_g', 'w_p', 'w_down', 'w_up', 'router_in')):
+            if name.endswith(('w_g', 'w_p', 'w_down', 'w_up', 'w_judge', 'router_in')):
                 std = weight.shape[-2] ** -0.5
             elif name.endswith(('w_o', 'attention.out.weight')):
                 std = 0.02 / math.sqrt(2 * self.config.n_layer)
             elif name.endswith('mlp.router'):
                 std = self.config.router_std
-            if weight.dim() > 1:                                   # the norms' weights stay at 1
+            if weight.dim() > 1:                                   # the norms' weights remain 1
                 weight.normal_(0.0, std)
 
     def forward(self, idx, targets=None):
         """Predict the next token at every position of idx (B, S), S at most block_size. Returns
 
             logits   (B, S, vocab_size)
-            loss     mean cross-entropy in nats per token, nothing added; None without targets
-            routing  Routing, stacked over the layers (dense: empty); the trainer adds its aux_loss
+            loss     the mean cross-entropy in nats per token; None without targets
+            routing  a Routing, stacked over the layers and empty for dense; loss doesn't include
+                     its aux_loss, which train.py adds
         """
         S = idx.shape[1]
         if S > self.config.block_size:
@@ -368,7 +381,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             inputs = (x, self.cos[:S], self.sin[:S])
             if self.config.recompute:
-                # backward calls the block again, with its own weights: not for torch.func
+                # (gradients would be wrong if this were called through torch.func)
                 x, routing = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x, routing = block(*inputs)
@@ -383,13 +396,11 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, vocab_top_k=None, vocab_size=None,
                  seed=1337):
-        """Continue idx (B, S) by max_new_tokens, each drawn from the prediction and fed back. Sets
-        the model to eval mode. The context is the last block_size tokens. A temperature below 1
-        sharpens the prediction; 0 always takes the likeliest token. Only the vocab_top_k likeliest
-        are drawn, of the first vocab_size. (A tokenizer may know fewer tokens than the model, whose
-        vocabulary is sometimes rounded up for speed.)"""
-        if idx.shape[1] == 0:
-            raise ValueError('expected a token at least to continue, got none')
+        """Continue idx (B, S) by max_new_tokens, each drawn from the prediction and fed back. The
+        context is the last block_size tokens. A temperature below 1 sharpens the prediction, and 0
+        always takes the likeliest token. With vocab_top_k only that many of the likeliest are
+        drawn, and with vocab_size only the first so many: a model's vocabulary is sometimes
+        rounded up for speed, beyond what its tokenizer knows. Sets the model to eval mode."""
         self.eval()
         generator = torch.Generator(idx.device).manual_seed(seed)
         for _ in range(max_new_tokens):
@@ -407,28 +418,30 @@ class GPT(nn.Module):
         return idx
 
     def total_parameters(self):
-        """How many numbers are trained. (Embedding and head share theirs.)"""
+        """How many numbers are trained. Embedding and head share theirs."""
         return sum(weight.numel() for weight in self.parameters())
 
     def active_parameters(self):
-        """How many of them one token meets: all but those of the experts that do not handle it. In
-        aoe it meets what scores in these, too."""
+        """How many of them a token meets: all but those of its idle experts. What scores in aoe
+        meets every token, so it counts in full."""
         c, scoring = self.config, 0
         if c.mlp == 'aoe':
-            scoring = c.n_layer * c.n_expert * c.n_embd * (c.d_low if c.factorised else c.d_judge)
+            width = c.d_low if c.factorised and c.tied else c.d_judge
+            scoring = c.n_layer * c.n_expert * c.n_embd * width
         stacked = sum(weight.numel() for block in self.blocks for weight in block.mlp.parameters()
                       if weight.dim() == 3)                        # a matrix for each expert
-        idle = 1 - experts_of_a_token(c) / c.n_expert              # the share that does not
+        idle = 1 - experts_of_a_token(c) / c.n_expert              # the share of idle experts
         return round(self.total_parameters() - idle * (stacked - scoring))
 
     def flops_per_token(self):
-        """Floating-point operations of a training step per token: 6 for each active weight of a
-        matrix (a multiply and an add, once in forward, twice in backward), and 12 S D a layer for
-        attention's two products, at full context without the saving of the causal mask."""
+        """Floating-point operations of a training step, forward and backward, per token: 6 for each
+        active weight of a matrix (a multiply and an add, once in forward and twice in backward),
+        and 12 S D in each layer for the two products of attention, at full context and without
+        what a causal mask saves."""
         c = self.config
         norms = sum(weight.numel() for weight in self.parameters() if weight.dim() < 2)
         weights = self.active_parameters() - norms
-        if c.mlp == 'aoe' and not c.factorised:          # the chosen compute again what scored
+        if c.mlp == 'aoe' and c.tied and not c.factorised:     # the chosen compute it once more
             weights += round(c.n_layer * experts_of_a_token(c) * c.n_embd * c.d_judge)
         return 6 * weights + 12 * c.n_layer * c.block_size * c.n_embd
 
@@ -437,7 +450,7 @@ class GPT(nn.Module):
 # Part 3: a matmul for all experts, and one for each
 
 def as_autocast(x):
-    """x in the dtype that autocast multiplies in: F.grouped_mm below does not cast by itself."""
+    """x in the dtype in which autocast multiplies: F.grouped_mm doesn't cast by itself."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
@@ -452,17 +465,17 @@ def of_each(w, x, rows):
     x, w = as_autocast(x), as_autocast(w)
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     if torch.compiler.is_compiling():
-        dtypes = (torch.bfloat16,)                       # torch.compile knows no other
-    # F.grouped_mm wants rows of whole multiples of 16 bytes
+        dtypes = (torch.bfloat16,)                       # torch.compile can do no other
+    # F.grouped_mm needs rows whose bytes are a multiple of 16
     aligned = w.shape[1] % 8 == 0 and w.shape[2] % 8 == 0
     if x.dtype in dtypes and aligned and hasattr(F, 'grouped_mm'):
-        return F.grouped_mm(x, w, offs=rows.ends)        # the next two lines in one call
+        return F.grouped_mm(x, w, offs=rows.ends)        # the next two lines, in one call
     parts = x.tensor_split(rows.ends[:-1].tolist())
     return torch.cat([part @ matrix for part, matrix in zip(parts, w)])
 
 
 class Rows(NamedTuple):
-    """The chosen pairs of a token and an expert, sorted by expert, and padding: N rows."""
+    """The chosen pairs of a token and an expert, sorted by expert, with padding: N rows."""
     token: torch.Tensor      # (N,)    the token of each row; 0 in padding
     pair: torch.Tensor       # (N,)    token * E + its expert
     weight: torch.Tensor     # (N,)    w of the pair; 0 in padding
@@ -473,30 +486,31 @@ def sort_by_expert(I, w, E):
     """The Rows of I and w (T, K). With E = 2, K = 1, tokens a, b, c and I = [[1], [0], [1]]:
 
         row      0 1 2 ... 15   16 17 18 ... 47      N = 48, ends = [16, 48]
-        expert   0 0 0     0     1  1  1      1      the last has what is left of the padding
-        token    b . .     .     a  c  .      .      . is padding
+        expert   0 0 0     0     1  1  1      1      the last expert gets the rest of the padding
+        token    b . .     .     a  c  .      .      a dot is padding
     """
-    expert, weight = I.flatten(), w.flatten()                      # each pair's expert, and its w
+    expert, weight = I.flatten(), w.flatten()                      # of each pair
     token = torch.arange(len(expert), device=I.device) // I.shape[1]
     if I.shape[1] == E:
-        # with rules other than top_k most places are nobody's: drop these, and wait for the GPU
+        # top_p and expert_choice: drop the places of nobody; counting the rest waits for the GPU
         somebody = expert >= 0
         expert, weight, token = expert[somebody], weight[somebody], token[somebody]
-    weight = weight.masked_fill(expert < 0, 0)           # nobody's rows weigh nothing,
-    expert = expert.masked_fill(expert < 0, E - 1)       # so any expert may compute them
+    # a rule of your own may leave -1: the last expert computes such a row, with a weight of 0
+    weight = weight.masked_fill(expert < 0, 0)
+    expert = expert.masked_fill(expert < 0, E - 1)
     padding = padding_of(expert, E)
     expert, order = torch.cat([expert, padding]).sort(stable=True)
-    token = F.pad(token, (0, len(padding)))[order]                 # padding is of token 0
-    weight = F.pad(weight, (0, len(padding)))[order]               # its weight is 0
+    token = F.pad(token, (0, len(padding)))[order]                 # padding has token 0
+    weight = F.pad(weight, (0, len(padding)))[order]               # and weight 0
     return Rows(token, token * E + expert, weight, count(expert, E).cumsum(0).int())
 
 
 def padding_of(expert, E, multiple=16):
-    """The experts of rows to be added: each gets 1 to 16, so that it has a multiple of 16, and the
-    last what is left of a number that depends on no choice, so that no GPU has to be waited for.
-    These rows change no result. But every expert has a row then (F.grouped_mm gives garbage as the
-    gradient of one without: PyTorch issue 172439), and shapes repeat: on a CPU a bfloat16 matmul of
-    a new shape takes longer to prepare than to do."""
+    """The expert of each row of padding, which changes no result. Every expert gets 1 to 16 rows,
+    up to a multiple of 16, and the last expert gets more, so that N depends only on the number of
+    pairs and no GPU has to be waited for. Padding has two reasons: F.grouped_mm returns garbage as
+    the gradient of an expert without rows (PyTorch issue 172439), and on a CPU a bfloat16 matmul
+    of a new shape takes longer to prepare than to compute, so shapes should repeat."""
     total = E * multiple + -len(expert) % multiple
     rows = multiple - count(expert, E) % multiple                  # how many each gets: (E,)
     rows[-1] += total - rows.sum()
@@ -504,31 +518,33 @@ def padding_of(expert, E, multiple=16):
 
 
 # -----------------------------------------------------------------------------
-# Part 4: the configuration: defaults that depend on other keys, other ways to choose, refusals
+# Part 4: the configuration: defaults that depend on other keys, other ways to choose, errors
 
-def width_of_equal_size(D, d_ffn, d_low):
-    """d_wide of Eq. 5, which gives an expert with a factorised gate as many numbers as one of moe:
-    the multiple of 8 that solves d_low D + d_low d_wide + 2 D d_wide = 3 D d_ffn."""
-    return 8 * round((3 * D * d_ffn - d_low * D) / (d_low + 2 * D) / 8)
-
-
-def size_against_moe(D, d_ffn, d_low):
-    """How many numbers an expert with a factorised gate has, for each of one with a whole gate."""
-    d_wide = width_of_equal_size(D, d_ffn, d_low)
-    return (d_low * D + d_low * d_wide + 2 * D * d_wide) / (3 * D * d_ffn)
+def width_of_equal_size(D, d_ffn, d_low=None, own_judge=0):
+    """The multiple of 8 that gives an expert as nearly as possible the 3 D d_ffn numbers of one of
+    moe: d_wide of Eq. 5. With a whole gate d_low is None. own_judge is the width of w_judge."""
+    if d_low is None and not own_judge:
+        return d_ffn
+    per_column = (D if d_low is None else d_low) + 2 * D           # of the gate, w_p and w_o
+    others = ((d_low or 0) + own_judge) * D                        # w_down and w_judge
+    return 8 * round((3 * D * d_ffn - others) / per_column / 8)
 
 
 def default_d_low(D, d_ffn):
-    """The multiple of 8 that is nearest to a third of D (of d_ffn, if that is less), among those
-    that give an expert the size of one of moe's to 1 %; among all, if none does."""
+    """The multiple of 8 nearest to a third of D (of d_ffn, if that is less) that gives an expert
+    the size of one of moe to 1 %, or just the nearest if none does. With d_ffn = 4 D, a D of 64
+    gives 24, 96 gives 32, 128 gives 40, and 256 gives 88."""
+    def error(d_low):
+        d_wide = width_of_equal_size(D, d_ffn, d_low)
+        return abs((d_low * D + d_low * d_wide + 2 * D * d_wide) / (3 * D * d_ffn) - 1)
     third = min(D, d_ffn) / 3
     widths = range(8, max(9, int(2 * third) + 8), 8)
-    fitting = [d_low for d_low in widths if abs(size_against_moe(D, d_ffn, d_low) - 1) <= 0.01]
+    fitting = [d_low for d_low in widths if error(d_low) <= 0.01]
     return min(fitting or widths, key=lambda d_low: abs(d_low - third))
 
 
 def experts_of_a_token(config):
-    """How many experts handle a token: for top_p at most, for expert_choice on average."""
+    """How many experts handle a token: with top_p at most, with expert_choice on average."""
     if config.select == 'top_p':
         return config.n_expert
     if config.select == 'expert_choice':
@@ -538,15 +554,15 @@ def experts_of_a_token(config):
 
 @torch.no_grad()
 def choose_by_another_rule(p, config):
-    """I by the rules of Table 3, from the scores p (T, E). It is (T, E), a place for each expert;
-    -1, nobody, where the expert does not handle the token. top_p takes the fewest experts whose
-    probabilities reach top_p together. In expert_choice each expert takes its best tokens of the
-    batch; later tokens decide, too, and the loss is lower than where they are not known yet."""
+    """I (T, E), filled up with -1, by the rules of Table 3, from the scores p (T, E). top_p takes
+    the fewest experts whose probabilities add up to top_p, and lists them, likeliest first. With
+    expert_choice each expert takes its best tokens of the batch; expert i has place i. It looks at
+    later tokens, so its loss is too good: a model that writes text can't."""
     T, E = p.shape
     q = p.softmax(-1)
     if config.select == 'top_p':
         q, I = q.sort(descending=True)
-        before = q.cumsum(-1) - q                                  # what the likelier ones reach
+        before = q.cumsum(-1) - q                                  # the sum of the likelier ones
         return I.masked_fill(before >= config.top_p, -1)
     capacity = min(T, max(1, round(config.capacity_factor * T / E)))
     best = q.topk(capacity, dim=0).indices                         # tokens: (capacity, E)
@@ -555,13 +571,13 @@ def choose_by_another_rule(p, config):
 
 
 def need(config, key, fits, expected):
-    """Raise ValueError for a key that does not fit. (model.py imports nothing of ours.)"""
+    """Raise ValueError for a key whose value does not fit. (This file imports none of ours.)"""
     if not fits:
         raise ValueError(f'{key}: expected {expected}, got {getattr(config, key)!r}')
 
 
 def refuse_out_of_range(config):
-    """Raise ValueError for the first key whose value cannot be, whatever the others are."""
+    """Raise ValueError for the first key whose value is impossible, whatever the others are."""
     c = config
     for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_expert', 'top_k',
                 'd_ffn', 'd_low', 'd_judge', 'capacity_factor'):
@@ -580,8 +596,8 @@ def refuse_out_of_range(config):
 
 
 def fit_together(config):
-    """Set the keys that are None to what fits the others, and those of no use to the model to None.
-    Raise ValueError for the first key that does not fit."""
+    """Set each key that is None to a value that fits the others, and each that the model doesn't
+    use to None. Raise ValueError for the first key that does not fit."""
     c, D = config, config.n_embd
     need(c, 'top_k', c.top_k <= c.n_expert, f'at most n_expert = {c.n_expert}')
     need(c, 'n_embd', D % (2 * c.n_head) == 0, f'a multiple of 2 * n_head = {2 * c.n_head}')
@@ -593,11 +609,11 @@ def fit_together(config):
         need(c, 'd_low', c.d_low <= D, f'at most n_embd = {D}')
     else:
         c.d_low = None
-    if c.factorised:
-        need(c, 'd_low', c.d_wide > 0, f'less: Eq. 5 leaves no d_wide to experts of {c.d_ffn}')
+    c.tied = c.tied or c.mlp != 'aoe'
     if c.mlp == 'aoe':
-        most = c.d_low if c.factorised else min(D, c.d_ffn)
-        c.d_judge = c.d_judge or c.d_low or min(max(8, 8 * round(D / 48)), most)
+        c.d_judge = c.d_judge or c.d_low or min(max(8, 8 * round(D / 48)), D, c.d_ffn)
+        most = c.d_low if c.tied and c.factorised else min(D, c.d_ffn)
         need(c, 'd_judge', c.d_judge <= most, f'at most {most} (d_low, or n_embd and d_ffn)')
     else:
         c.d_judge = None
+    need(c, 'd_low', c.d_wide > 0, f'less: Eq. 5 leaves no width to experts of {c.d_ffn}')
