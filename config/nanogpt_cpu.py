@@ -1,7 +1,7 @@
 """
-nanoGPT's own recipe for a laptop's CPU, on its text: 4 layers, 128 wide, batches of 12 times 64
-characters, 2,000 iterations. Our dense MLP has the size of nanoGPT's; moe and aoe make as many
-numbers active for a token:
+nanoGPT's own recipe for a laptop's CPU, on its text: 4 layers, 128 wide, and 2,000 iterations of 12
+times 64 characters. Our dense MLP is as large as nanoGPT's, and so are the two experts that handle
+a token in moe and aoe:
 
     python prepare_data.py tinyshakespeare
     python train.py config/nanogpt_cpu.py

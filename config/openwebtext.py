@@ -1,6 +1,6 @@
 """The paper's small model on OpenWebText: 12 layers, 768 wide, 8 experts of 4 D, d_low = D / 3,
-with L_aux. For GPUs of 80 GB. The paper trains it on 100 billion tokens, 4.2 million an iteration;
-this is 10 billion."""
+with L_aux. It is meant for GPUs of 80 GB. The paper trains it on 100 billion tokens, 4.2 million
+in an iteration. Here it is 10 billion."""
 out_dir = 'out/openwebtext'
 dataset = 'openwebtext_gpt2'
 mlp = 'aoe'

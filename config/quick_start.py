@@ -1,5 +1,5 @@
-"""The quick start: four models on a text that is half Shakespeare and half Python, in minutes on
-two cores of a CPU. aoe is the paper's, aoe_whole has a gate that is not factorised."""
+"""The quick start trains four models on a text that is half Shakespeare and half Python, in minutes
+on two cores of a CPU. aoe is the paper's AoE, and in aoe_whole the gates are not factorised."""
 out_dir = 'out/quick_start'
 dataset = 'prose_and_code'
 runs = {
@@ -16,7 +16,7 @@ block_size = 64
 n_expert = 8
 top_k = 2
 d_ffn = 4 * n_embd
-aux_weight = 0.01                        # without it some experts take several times as much
+aux_weight = 0.01                        # without it some experts handle several times as much
 
 batch_size = 16
 max_iters = 1200

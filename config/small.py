@@ -1,6 +1,6 @@
 """
-The shape and the schedule of the experiments in the folders here: 3 layers, 96 wide, the paper's
-proportions. A run takes two minutes on one core; the same command goes on where it stopped:
+The shape and the schedule of most experiments in these folders: 3 layers, 96 wide, in the paper's
+proportions. A run takes two minutes on one core, and the same command resumes what was stopped:
 
     python prepare_data.py shakespeare
     python train.py config/small.py config/paper/table2.py
@@ -8,7 +8,7 @@ proportions. A run takes two minutes on one core; the same command goes on where
 
 seeds = [1, 2, 3]
 
-# d_ffn = 4 D, by default; d_low = D/12, D/6, D/3, 2 D/3
+# d_ffn is 4 D by default, and experiments set d_low to D/12, D/6, D/3 or 2 D/3
 n_layer = 3
 n_head = 4
 n_embd = 96

@@ -1,6 +1,6 @@
-"""Comparable to nanoGPT's baby GPT, whose published validation loss on this text is 1.4697: the
-same data, depth, width, context, batch, dropout and schedule. d_ffn = 512 gives two active experts
-the multiply-adds of its GELU MLP of 4 * 384: 3 * 2 * 512 = 2 * 4 * 384."""
+"""Comparable to nanoGPT's baby GPT, whose published validation loss on this text is 1.4697. Data,
+depth, width, context, batch, dropout and schedule are the same. With d_ffn = 512 two active experts
+take as many multiply-adds as its GELU MLP of 4 * 384, since 3 * 2 * 512 = 2 * 4 * 384."""
 out_dir = 'out/tinyshakespeare'
 dataset = 'tinyshakespeare'
 mlp = 'aoe,moe,dense'
@@ -15,8 +15,9 @@ top_k = 2
 d_ffn = 512
 
 batch_size = 32
-gradient_accumulation_steps = 2          # 64 sequences, in halves: M1 and M2 multiply 32,767 rows
-                                         # or more wrongly (PyTorch issue 195163); K is 2
+gradient_accumulation_steps = 2          # 64 sequences in two halves, since the M1 and M2 multiply
+                                         # matrices of 32,767 rows or more wrongly (PyTorch issue
+                                         # 195163), and each token makes K = 2 rows
 max_iters = 5000
 learning_rate = 1e-3
 min_lr = 1e-4

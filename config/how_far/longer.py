@@ -1,7 +1,7 @@
 """
-Does it last? Three times the tokens; another text, the sources of Python's standard
-library as characters; and twice as many experts, half as wide, four of them chosen.
-The rest as in small.py, with L_aux:
+Does it last with three times the tokens, on another text (the source of Python's standard library),
+and with twice as many experts, half as wide, of which four are chosen? The rest is as in small.py,
+with L_aux:
 
     python prepare_data.py $(python -c "import os; print(os.__file__[:-5])")*.py --name=code
     python train.py config/small.py config/how_far/longer.py

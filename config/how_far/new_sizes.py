@@ -1,8 +1,8 @@
 """
-moe, moe with a large router and aoe_whole at half and at twice small.py's width, on seeds that no
-other table has. moe and aoe_whole have the learning rate that was best in learning_rate.py of
-commit eb42c98; a large router the one that was best on seed 21 (config/who_scores/rates.py of
-commit b5d5aed):
+moe, moe with a large router, and aoe_whole at half and at twice small.py's width, on seeds that no
+other table has. The learning rates of moe and aoe_whole were the best in learning_rate.py of commit
+eb42c98. That of a large router was the best on seed 21 (config/who_scores/rates.py of commit
+b5d5aed):
 
     python train.py config/small.py config/how_far/new_sizes.py
 """

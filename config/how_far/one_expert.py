@@ -1,7 +1,7 @@
 """
-One expert a token, K = 1: the softmax over the one chosen is 1, and gives a router
-no gradient. Switch Transformers weight by the probability among all E, which does.
-In the shape of small.py, with L_aux:
+With one expert per token, K = 1, the softmax over the chosen is 1 and gives a router no gradient.
+Switch Transformers weigh the expert by its probability among all E, which gives one. The shape is
+that of small.py, with L_aux:
 
     python train.py config/small.py config/how_far/one_expert.py
 """

@@ -1,7 +1,6 @@
 """
-Does the gap close with size? Width D 48, 96 and 192, with heads of 24 numbers, the
-same tokens, L_aux, and for each the learning rate that was best in learning_rate.py of
-commit eb42c98:
+Does the gap close with size? The widths are 48, 96 and 192, with heads of 24 numbers, the same
+tokens and L_aux. Each has the learning rate that was best in learning_rate.py of commit eb42c98:
 
     python train.py config/small.py config/how_far/sizes.py
 """

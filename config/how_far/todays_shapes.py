@@ -1,8 +1,8 @@
 """
-Shapes of today, on three seeds that no other table has: 4 of 32 experts, a quarter
-as wide, with L_aux, where a judge of D/6 costs more than it did, so narrower ones
-are tried; and that of Routing-Free MoE (2604.00801), 3 of 12 experts as wide as
-D/4 without L_aux. The rest as in small.py:
+Today's shapes, on three seeds that no other table has. One is 4 of 32 experts, a quarter as wide,
+with L_aux. A judge of D/6 costs more there, so narrower ones are tried, too. The other is that of
+Routing-Free MoE (2604.00801), 3 of 12 experts as wide as D/4, without L_aux. The rest is as in
+small.py:
 
     python train.py config/small.py config/how_far/todays_shapes.py
 """
@@ -19,6 +19,6 @@ runs = {
     'aoe 4 of 32': {'mlp': 'aoe', 'd_low': 48} | _many,
     'moe 3 of 12': {'mlp': 'moe'} | _free,
     'aoe_whole 3 of 12': {'mlp': 'aoe', 'factorised': False} | _free,
-    'aoe 3 of 12': {'mlp': 'aoe', 'd_low': 32} | _free,            # D/3, over d_ffn
+    'aoe 3 of 12': {'mlp': 'aoe', 'd_low': 32} | _free,            # D/3, more than d_ffn
     'aoe 3 of 12 narrow': {'mlp': 'aoe', 'd_low': 8} | _free,
 }

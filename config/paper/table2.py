@@ -1,6 +1,7 @@
 """
-Table 2 of the paper, scaled down: is it the factorised gate, is it the larger router, or is it that
-the experts choose themselves? Twelve variants, three seeds, d_low from D/12 to 2 D/3:
+Table 2 of the paper, scaled down. If AoE differs from MoE, is it by its factorised gate, by scoring
+with more weights (as a large router does), or because experts choose themselves? There are twelve
+variants, three seeds, and d_low from D/12 to 2 D/3:
 
     python train.py config/small.py config/paper/table2.py
 """

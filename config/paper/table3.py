@@ -1,13 +1,13 @@
 """
-Other ways to choose experts, the paper's Table 3, for MoE and AoE alike: the K
-best of a token; as many as reach a probability together (top-p, with a penalty
-on Ent_conf, or a token would take everyone); or each expert takes its best
-tokens (expert-choice). In the shape and with the schedule of small.py:
+The paper's Table 3: other ways to choose experts, for MoE and AoE alike. A token takes its K best
+(top-k), or as many as reach a probability together (top-p). Without a penalty on Ent_conf, top-p
+would take everyone. In expert-choice each expert takes its best tokens. The shape and the schedule
+are those of small.py:
 
     python train.py config/small.py config/paper/table3.py
 
-Expert-choice sees the tokens of the whole batch, later ones among them, so its
-validation loss is not one of a language model, and tells only MoE from AoE.
+Expert-choice sees the tokens of the whole batch, later ones among them. So its validation loss is
+not that of a language model, and can only compare MoE with AoE.
 """
 
 out_dir = 'out/table3'
