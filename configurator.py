@@ -86,11 +86,13 @@ def typed(cls, key, value, where='--'):
         float | None         'None'    None
         str                  '3'       '3'
         tuple                '1,2'     (1, 2)
+        tuple                [1, 2]    (1, 2)
         tuple                5         (5,)
         Literal['a', 'b']    'a'       'a'
 
-    Anything else, such as '3.5' or True for an int, raises a UserError. `where` says where the key
-    is written, and the message begins with it."""
+    In a str whose key ends with _dir, ~ becomes the user's home folder. A value that can't be
+    converted, such as '3.5' or True for an int, raises a UserError. `where` says where the key is
+    written, and the message begins with it."""
     types = {field.name: field.type for field in dataclasses.fields(cls)}
     if key not in types:
         near = difflib.get_close_matches(str(key), types, n=1)
@@ -162,7 +164,8 @@ def read_config_files(cls, paths):
 
 def is_run_name(name):
     """Whether a run can have this name. It becomes the name of a folder, which excludes /, a cell
-    of a table, which excludes |, and a label in a picture, where $ and a first _ are special."""
+    of a table, which excludes |, a label, whose notes begin with (, and a line in a picture, where
+    $ and a first _ are special."""
     return isinstance(name, str) and bool(re.fullmatch(r'[^\W_][\w .,=+%-]*', name))
 
 

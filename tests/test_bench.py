@@ -1,4 +1,4 @@
-"""tests/tools/bench.py: what it counts, which is the same on any machine."""
+"""tests/tools/bench.py: what it counts is the same on any machine."""
 
 import os
 import sys
@@ -28,8 +28,8 @@ def free_memory_as_usual(monkeypatch):
 
 @pytest.mark.parametrize('mode', (FakeTensorMode, torch.enable_grad), ids=('fake', 'real'))
 def test_bytes_kept_are_those_that_a_hand_counts(mode):
-    """All that is wide is counted; what is not is less than two rows of D float32s a token: scores
-    of E experts, the choice, weights, places of rows, a router's x."""
+    """A hand counts all that is wide. The rest is less than two rows of D float32s per token: the
+    scores of E experts, the choice, the weights, the places of rows, and a router's x."""
     d_wide = GPTConfig(n_embd=D, d_ffn=d, d_low=n).d_wide
     # gate, u, SiLU(gate), SiLU(gate) u; rows of x, and of the result before and after times w
     rows = {'dense': T * K * 4 * d, 'moe': N * (4 * d + 3 * D), 'aoe_whole': N * (4 * d + 3 * D),
@@ -48,8 +48,8 @@ def test_bytes_kept_are_those_that_a_hand_counts(mode):
             assert 0 <= bytes_kept(layer, x) - counted < 8 * T * D, side
 
 
-def test_a_step_is_timed_and_memory_told_of_every_variant(monkeypatch, capsys):
-    assert bench.ratio([1, 10, 2], [2, 40, 2]) == 2                # twice as fast in the median
+def test_every_variant_gets_its_speed_and_its_memory(monkeypatch, capsys):
+    assert bench.ratio([1, 10, 2], [2, 40, 2]) == 2                # the median of 2, 4 and 1
     monkeypatch.setattr(bench, 'SHAPES', {'tiny': dict(zip(bench.SIZES, (1, 4, D, d, 8, 2)))})
     bench.main(['--shapes=tiny', '--rounds=2', '--warmup=1', '--dtype=float32'])
     step, memory = capsys.readouterr().out.split('\nKiB per token')
@@ -81,7 +81,7 @@ def test_the_peak_of_a_step_lies_where_it_should(where, sizes, less, tmp_path, c
         assert 0.99 * least < 2**30 * float(tables[0]['dense'][0]) < 1.05 * least
 
 
-def test_what_has_no_numbers_cannot_tell_how_many_rows_there_are(tmp_path, refuse):
+def test_without_numbers_the_count_of_rows_must_not_depend_on_them(tmp_path, refuse):
     for line, error in (("select = 'top_p'", 'DynamicOutput'), ('d_ffn = 50', 'DataDependent')):
         (tmp_path / 'sizes.py').write_text(f'n_layer = 1\nn_embd = 32\nd_ffn = 48\n{line}')
         told = refuse(bench.main, '--only=fake', f'{tmp_path}/sizes.py')

@@ -1,4 +1,4 @@
-"""tests/tools/exercise_0.py: it is red until MoE and AoE are the paper's."""
+"""tests/tools/exercise_0.py is red until MoE and AoE are the paper's."""
 
 import os
 import sys
@@ -41,5 +41,5 @@ def test_the_command_makes_the_copy_and_keeps_what_is_in_it(tmp_path, monkeypatc
         empty = read_text(YOURS)
         if 'red' in printed:
             assert empty == emptied(WHOLE) and empty.count('yours to write: Algorithm') == 2
-            assert 'class WholeAoE' in WHOLE and 'class WholeAoE' not in empty
+            assert 'class JudgedAoE' in WHOLE and 'class JudgedAoE' not in empty
             write_text(YOURS, WHOLE)

@@ -1,5 +1,5 @@
-"""model.py against slow loops written from the paper, edits of it against loops with the same edit,
-sizes by hand, and properties that must hold."""
+"""model.py is compared with slow loops written from the paper, edits of it with loops that have the
+same edit, and sizes with a count by hand. Other tests check properties that must hold."""
 
 import itertools
 import math
@@ -15,12 +15,14 @@ from model import (GPT, GPTConfig, MoE, Routing, Rows, SparseMLP, attend, mlp_of
                    sort_by_expert)
 
 SPARSE = ('moe', 'aoe')
-# who scores x how the gate is made; the other router; scores from a part of C_i alone
+# a router or the experts score, with whole or factorised gates; the last two have a w_judge
 VARIANTS = ({'mlp': 'moe'}, {'mlp': 'moe', 'factorised': True}, {'mlp': 'moe', 'router': 'large'},
-            {'mlp': 'aoe'}, {'mlp': 'aoe', 'factorised': False}, {'mlp': 'aoe', 'd_judge': 3})
+            {'mlp': 'aoe'}, {'mlp': 'aoe', 'factorised': False}, {'mlp': 'aoe', 'd_judge': 3},
+            {'mlp': 'aoe', 'tied': False, 'd_judge': 3},
+            {'mlp': 'aoe', 'tied': False, 'd_judge': 3, 'factorised': False})
 ALL = ({'mlp': 'dense'}, *VARIANTS)
 RULES = ({}, {'select': 'top_p'}, {'select': 'expert_choice', 'capacity_factor': 1.5})
-IN_FLOAT32 = {'dtype': torch.float32}    # where F.grouped_mm takes the place of a loop
+IN_FLOAT32 = {'dtype': torch.float32}    # F.grouped_mm replaces a loop in it
 needs_grouped_mm = pytest.mark.skipif(not hasattr(F, 'grouped_mm'), reason='PyTorch is too old')
 
 
@@ -44,16 +46,10 @@ def some_tokens(T, D=16, dtype=torch.float64):
 
 
 # -----------------------------------------------------------------------------
-# Algorithms 1 and 2, one token and one expert at a time. What an edit of model.py changes, and
-# nothing else, is an argument.
+# Algorithms 1 and 2, for one token and one expert at a time. An argument is what an edit changes.
 
 def silu(g):
     return g * torch.sigmoid(g)
-
-
-def look_slowly(m, x, i):
-    """What the first matrix of expert i's gate finds in one token x (D,)."""
-    return x @ (m.w_down if m.config.factorised else m.w_g)[i]
 
 
 def route_slowly(m, x):
@@ -96,29 +92,33 @@ def auxiliary_slowly(c, p, sets):
     return c.aux_weight * balance - c.conf_weight * (q * q.log()).sum() / T
 
 
-def layer_slowly(m, x, look=look_slowly, route=route_slowly, choose=choose_slowly,
+def layer_slowly(m, x, multiply=torch.matmul, route=route_slowly, choose=choose_slowly,
                  norm=lambda C: (C * C).sum().sqrt(), weigh=softmax_slowly,
                  auxiliary=auxiliary_slowly, residual=0):
-    """(h, aux_loss, p, sets) of tokens x (T, D)."""
+    """(h, aux_loss, p, sets) of tokens x (T, D). `multiply` is what scores an expert."""
     c, E = m.config, m.config.n_expert
     if c.mlp == 'moe':
-        p, look = [route(m, token) for token in x], look_slowly
+        p, multiply = [route(m, token) for token in x], torch.matmul
     else:
-        p = [[norm(look(m, token, i)[:c.d_judge]) for i in range(E)] for token in x]
+        judge = m.w_judge if not c.tied else m.w_down if c.factorised else m.w_g
+        p = [[norm(multiply(token, judge[i])[:c.d_judge]) for i in range(E)] for token in x]
     sets = choose(m, p)
     rows = []
     for token, p_t, chosen in zip(x, p, sets):
         h = residual * token
         among = chosen if c.weigh_among == 'chosen' else range(E)
         for i in chosen:
-            g = look(m, token, i) @ m.w_up[i] if c.factorised else token @ m.w_g[i]
+            if c.factorised:             # the gate continues from the score, or it starts anew
+                g = (multiply if c.tied else torch.matmul)(token, m.w_down[i]) @ m.w_up[i]
+            else:
+                g = token @ m.w_g[i]
             h = h + weigh(p_t, among, i) * ((silu(g) * (token @ m.w_p[i])) @ m.w_o[i])
         rows.append(h)
     return torch.stack(rows), auxiliary(c, p, sets), p, sets
 
 
 def gradients(m, x, h, aux_loss):
-    """By name, of the parameters and x, of a sum over h and aux_loss."""
+    """{name: gradient} for the parameters and x, of a weighted sum of h plus aux_loss."""
     cotangent = torch.randn(h.shape, generator=torch.Generator().manual_seed(1)).to(h.dtype)
     leaves = dict(m.named_parameters()) | {'x': x}
     found = torch.autograd.grad((h * cotangent).sum() + aux_loss, leaves.values(),
@@ -127,7 +127,7 @@ def gradients(m, x, h, aux_loss):
 
 
 def assert_equals_the_loop(m, T, **edits):
-    """Values, choices and all gradients, for T tokens."""
+    """Compare values, choices and all gradients for T tokens."""
     x = some_tokens(T, dtype=m.w_p.dtype)
     distance = 1e-9 if x.dtype == torch.float64 else 1e-4
     h, routing = m(x)
@@ -153,7 +153,7 @@ def test_a_layer_equals_a_loop_over_tokens_and_experts(variant, rule):
         torch.testing.assert_close(routing.weights.sum(1), somebody)
 
 
-# of 40 tokens an expert gets more than 16 rows; of 1 token most get none
+# with 40 tokens an expert gets more than 16 rows, and with one token most experts get none
 @pytest.mark.parametrize('E, top_k, T', ((1, 1, 40), (2, 1, 40), (3, 3, 6), (16, 1, 1), (16, 3, 8)))
 @pytest.mark.parametrize('rule', (*RULES, IN_FLOAT32), ids=str)
 @pytest.mark.parametrize('mlp', SPARSE)
@@ -162,33 +162,33 @@ def test_any_number_of_experts_and_tokens(mlp, rule, E, top_k, T):
 
 
 @pytest.mark.parametrize('variant', VARIANTS, ids=str)
-def test_derivatives_and_their_derivatives_are_those_of_finite_differences(variant):
+def test_first_and_second_derivatives_are_those_of_finite_differences(variant):
     changes = {'n_embd': 4, 'n_head': 1, 'n_expert': 3, 'd_ffn': 8, 'd_low': 4, 'd_judge': 2}
-    m = layer(**changes | variant)
+    m = layer(**changes | variant, aux_weight=0.3)
     names, parameters = zip(*m.named_parameters())
 
-    def h(x, *values):
-        return functional_call(m, dict(zip(names, values)), (x,))[0]
+    def outputs(x, *values):
+        h, routing = functional_call(m, dict(zip(names, values)), (x,))
+        return h, routing.aux_loss
     inputs = (some_tokens(5, 4), *parameters)
-    assert torch.autograd.gradcheck(h, inputs, fast_mode=True)
-    assert torch.autograd.gradgradcheck(h, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(outputs, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(outputs, inputs, fast_mode=True)
 
 
-# capacity_factor * T / E is 0.018, 1.26, 1.62, 8.82, 178.2
-@pytest.mark.parametrize('factor, capacity', ((0.01, 1), (0.7, 1), (0.9, 2), (4.9, 9), (99.0, 9)))
-def test_expert_choice_rounds_its_capacity_to_what_can_be(factor, capacity):
+# capacity_factor * T / E is 0.018, 1.62, 178.2
+@pytest.mark.parametrize('factor, capacity', ((0.01, 1), (0.9, 2), (99.0, 9)))
+def test_expert_choice_rounds_its_capacity(factor, capacity):
     m = layer('moe', select='expert_choice', capacity_factor=factor)
-    _, routing = assert_equals_the_loop(m, 9)
-    assert all((routing.chosen == i).sum() == capacity for i in range(5))
+    assert all((m(some_tokens(9))[1].chosen == i).sum() == capacity for i in range(5))
 
 
 # -----------------------------------------------------------------------------
-# What a reader may edit: where, the new function, and the loop with that edit.
+# For each function that a reader may edit: where it is, a new one, and the loop with that edit.
 
 OF_ALL, ROUTE, EXPERTS = model.of_all, MoE.route, SparseMLP.experts
 EDITS = {
-    'look': (model, 'of_all', lambda w, x: OF_ALL(w, x).tanh(),
-             {'look': lambda m, x, i: look_slowly(m, x, i).tanh()}),
+    'of_all': (model, 'of_all', lambda w, x: OF_ALL(w, x).tanh(),
+               {'multiply': lambda x, w: (x @ w).tanh()}),
     'norm': (model, 'norm', lambda C: C.abs().sum(-1), {'norm': lambda C: sum(c.abs() for c in C)}),
     'route': (MoE, 'route', lambda m, x: ROUTE(m, x).tanh(),
               {'route': lambda m, x: [p_i.tanh() for p_i in route_slowly(m, x)]}),
@@ -212,17 +212,15 @@ def test_an_edit_of_part_1_takes_effect(edit, variant, monkeypatch):
     assert_equals_the_loop(layer(aux_weight=0.3, **variant), 10, **by_loop)
 
 
-@pytest.mark.parametrize('dtype', (torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize('rule', (*RULES, {'weigh_among': 'all'}), ids=str)
 @pytest.mark.parametrize('mlp', SPARSE)
-def test_an_edited_score_of_few_digits_is_weighed_in_float32(mlp, rule, dtype, monkeypatch):
-    """As `p = C.abs().sum(-1)` has under autocast."""
-    monkeypatch.setattr(model, 'norm', lambda C: C.abs().sum(-1).to(dtype) / 8)
-    monkeypatch.setattr(MoE, 'route', lambda m, x: ROUTE(m, x).to(dtype))
+def test_an_edited_score_in_bfloat16_is_weighed_in_float32(mlp, rule, monkeypatch):
+    """Under autocast an edit such as `p = C.abs().sum(-1)` is in bfloat16."""
+    monkeypatch.setattr(model, 'norm', lambda C: C.abs().sum(-1).bfloat16() / 8)
+    monkeypatch.setattr(MoE, 'route', lambda m, x: ROUTE(m, x).bfloat16())
     m = layer(mlp, torch.float32, aux_weight=0.3, conf_weight=0.2, **rule)
-    x = some_tokens(20, dtype=torch.float32)
-    h, (p, I, w, aux_loss) = m(x)
-    assert p.dtype == dtype and {h.dtype, w.dtype, aux_loss.dtype} == {torch.float32}
+    h, (p, I, w, aux_loss) = m(some_tokens(20, dtype=torch.float32))
+    assert p.dtype == torch.bfloat16 and {h.dtype, w.dtype, aux_loss.dtype} == {torch.float32}
     sets, exact = [set(row.tolist()) - {-1} for row in I], p.double()
     for p_t, chosen, row, weights in zip(exact, sets, I.tolist(), w.tolist()):
         among = range(5) if rule == {'weigh_among': 'all'} else chosen
@@ -230,7 +228,6 @@ def test_an_edited_score_of_few_digits_is_weighed_in_float32(mlp, rule, dtype, m
         assert weights == pytest.approx(expected, rel=1e-5)
     expected = auxiliary_slowly(m.config, exact, sets).item()
     assert aux_loss.item() == pytest.approx(expected, rel=1e-5)
-    assert all(grad.isfinite().all() for grad in gradients(m, x, h, aux_loss).values())
 
 
 @pytest.mark.parametrize('variant', VARIANTS, ids=str)
@@ -271,12 +268,9 @@ def test_rows_hold_every_pair_once_in_the_part_of_its_expert(K, share):
                      for t, k in itertools.product(range(300), range(K)) if I[t, k] >= 0}
 
 
-@pytest.mark.parametrize('m, n', ((8, 8), (4, 8), (1, 8), (8, 1), (8, 4), (3, 5)))
+@pytest.mark.parametrize('m, n', ((8, 8), (4, 8), (1, 8), (8, 1), (3, 5)))
 @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16, torch.float64))
-def test_each_row_meets_the_matrix_of_its_expert(m, n, dtype, monkeypatch):
-    calls, original = [], getattr(F, 'grouped_mm', None)
-    if original:
-        monkeypatch.setattr(F, 'grouped_mm', lambda *a, **k: calls.append(1) or original(*a, **k))
+def test_each_row_meets_the_matrix_of_its_expert(m, n, dtype):
     torch.manual_seed(0)
     x, w = torch.randn(64, m, requires_grad=True), torch.randn(3, m, n, requires_grad=True)
     cotangent, ends = torch.randn(64, n), torch.tensor([16, 32, 64], dtype=torch.int32)
@@ -286,14 +280,13 @@ def test_each_row_meets_the_matrix_of_its_expert(m, n, dtype, monkeypatch):
     for a, b in zip(*((out.float(), *torch.autograd.grad(out, (x, w), cotangent.to(out.dtype)))
                       for out in (y, expected))):
         assert (a - b).norm() <= distance * b.norm()
-    assert bool(calls) == (m == n == 8 and dtype != torch.float64 and original is not None)
 
 
 @needs_grouped_mm
 @pytest.mark.parametrize('recompute', (False, True))
 @pytest.mark.parametrize('variant', ALL, ids=str)
 def test_a_bfloat16_step_reads_no_number_from_the_device(variant, recompute):
-    """Fake tensors have no numbers: whatever would wait for a GPU to learn one fails on them."""
+    """Fake tensors have no numbers, so code fails on them if it would wait for one from a GPU."""
     changes = {'n_embd': 32, 'd_ffn': 48, 'aux_weight': 0.3, 'recompute': recompute} | variant
     with FakeTensorMode():
         gpt = GPT(small_config(**changes))
@@ -330,47 +323,41 @@ def test_a_training_step_compiles_in_bfloat16_into_one_graph(changes, dtype):
 
 
 @pytest.mark.parametrize('variant', ALL, ids=str)
-def test_bfloat16_by_autocast_or_of_the_whole_model_stays_close_to_float32(variant):
+def test_bfloat16_stays_close_to_float32(variant):
+    """Under autocast, and where the whole model is in bfloat16."""
     torch.manual_seed(0)
     gpt = GPT(small_config(**{'n_embd': 64, 'd_ffn': 96, 'aux_weight': 0.3} | variant))
     idx = torch.randint(11, (4, 8))
     exact = gpt(idx, idx)[1]
-    inputs = []
-    gpt.blocks[0].mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0].dtype))
     with torch.autocast('cpu', torch.bfloat16):
         _, rough, routing = gpt(idx, idx)
-    assert inputs == [torch.bfloat16]                              # cast once, for all matmuls
     if variant['mlp'] != 'dense':
         assert {field.dtype for field in routing} == {torch.float32, torch.int64}
     grads = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, gpt.parameters())])
              for loss in (exact, rough)]
     assert torch.cosine_similarity(*grads, dim=0) > 0.95           # a token or two change experts
-    rougher = gpt.bfloat16()(idx, idx)[1]
-    rougher.backward()
-    assert all(p.grad.dtype == torch.bfloat16 for p in gpt.parameters())
-    for loss in (rough, rougher):
+    for loss in (rough, gpt.bfloat16()(idx, idx)[1]):
         assert loss.item() == pytest.approx(exact.item(), abs=0.02) and loss.dtype == torch.float32
-    assert gpt.generate(idx, 2).shape == (4, 10)
 
 
 # -----------------------------------------------------------------------------
 # The GPT
 
 @pytest.mark.parametrize('variant', ALL, ids=str)
-def test_computing_again_changes_nothing_but_memory(variant):
-    """With dropout, which has to be the same again."""
+def test_recomputing_changes_nothing_but_memory(variant):
+    """Dropout has to be the same again."""
     torch.manual_seed(0)
     gpt = GPT(small_config(**variant, dropout=0.3, aux_weight=0.3, conf_weight=0.2))
-    idx, entered, results, kept = torch.randint(11, (4, 8)), [], [], ([], [])
-    gpt.blocks[1].mlp.register_forward_pre_hook(lambda *_: entered.append(1))
-    for gpt.config.recompute, sizes in zip((False, True), kept):   # sizes: numbers, for backward
+    idx, calls, results, kept = torch.randint(11, (4, 8)), [], [], ([], [])
+    gpt.blocks[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    for gpt.config.recompute, sizes in zip((False, True), kept):   # sizes of what is kept
         torch.manual_seed(3)
         with torch.autograd.graph.saved_tensors_hooks(
                 lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
             logits, loss, routing = gpt(idx, idx)
         grads = torch.autograd.grad(loss + routing.aux_loss.sum(), gpt.parameters())
         results.append((logits, loss, *routing, *grads))
-    assert len(entered) == 3 and sum(kept[1]) < 0.5 * sum(kept[0])          # once, and twice
+    assert len(calls) == 3 and sum(kept[1]) < 0.5 * sum(kept[0])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert all(grad.any() for grad in grads)
@@ -397,38 +384,16 @@ def test_a_token_whose_norms_are_all_the_same_has_finite_gradients():
         assert h.isfinite().all() and all(grad.isfinite().all() for grad in found.values())
 
 
-@pytest.mark.parametrize('rule', RULES[:3], ids=str)
 @pytest.mark.parametrize('mlp', SPARSE)
-def test_a_token_that_is_not_finite_stays_so_and_spoils_no_other(mlp, rule):
-    m = layer(mlp, **rule)
-    for bad in (0, 2):
-        x = some_tokens(6).detach()
-        x[bad] = math.nan
-        h = m(x)[0]
-        assert not h[bad].isfinite().any()
-        if m.config.select != 'expert_choice':                     # else the batch decides together
-            assert h.isfinite().any(1).sum() == 5
-    for p in m.parameters():
-        torch.nn.init.constant_(p, math.inf)
-    m(x)                                                           # no crash
-
-
-@pytest.mark.parametrize('mlp', ('dense', *SPARSE))
-def test_the_model_stacks_the_facts_of_its_layers_and_adds_nothing_to_the_loss(mlp):
+def test_the_model_stacks_the_routings_of_its_layers_and_adds_nothing_to_the_loss(mlp):
     torch.manual_seed(0)
-    gpt, idx = GPT(small_config(mlp, aux_weight=0.01)), torch.randint(11, (4, 8))
-    found = []
+    gpt, idx, found = GPT(small_config(mlp, aux_weight=0.01)), torch.randint(11, (4, 8)), []
     for block in gpt.blocks:
         block.mlp.register_forward_hook(lambda _, args, output: found.append(output[1]))
     logits, loss, routing = gpt(idx, idx)
-    assert logits.shape == (4, 8, 11) and gpt(idx)[1] is None
+    assert logits.shape == (4, 8, 11) and (routing.aux_loss > 0).all()
     torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), idx.flatten()))
-    if mlp == 'dense':
-        assert all(field.numel() == 0 for field in routing) and routing.aux_loss.sum() == 0
-        return
-    assert routing.scores.shape == (2, 32, 5) and (routing.aux_loss > 0).all()
-    assert routing.chosen.shape == routing.weights.shape == (2, 32, 2)
-    for name, field, layers in zip(Routing._fields, routing, zip(*found[:2])):
+    for name, field, layers in zip(Routing._fields, routing, zip(*found)):
         assert torch.equal(field, torch.stack(layers))
         assert field.requires_grad == (name == 'aux_loss')
 
@@ -437,7 +402,7 @@ def test_the_model_by_hand():
     gpt = GPT(small_config('dense')).double()
     for p in gpt.parameters():
         p.data.normal_(std=0.4, generator=torch.Generator().manual_seed(2))
-    gpt.embedding.weight.data *= 0.01                              # so small that eps matters
+    gpt.embedding.weight.data *= 0.01                              # eps matters for small numbers
     idx = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
     turn = torch.exp(1j * torch.arange(8)[:, None] * 10000 ** (-torch.arange(4) / 4))
 
@@ -462,17 +427,13 @@ def attend_slowly(q, k, v):
     return scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -math.inf).softmax(-1) @ v
 
 
-@pytest.mark.parametrize('S', (8, 300))                            # float32 on a CPU, or not
-def test_attention_is_a_softmax_over_what_came_before(S):
+@pytest.mark.parametrize('S', (8, 300))                            # below 256 it is in float32
+def test_attention_is_a_softmax_over_earlier_positions(S):
     q, k, v = torch.randn(3, 1, 2, S, 4)
     torch.testing.assert_close(attend(q, k, v, 0.0), attend_slowly(q, k, v))
-    q, k, v = (a.bfloat16() for a in (q, k, v))
-    exact = attend(q.float(), k.float(), v.float(), 0.0)
-    with torch.autocast('cpu', torch.bfloat16):
-        assert torch.equal(attend(q, k, v, 0.0).float(), exact) == (S < 256)
 
 
-def test_dropout_is_of_embeddings_of_attention_and_of_what_joins_the_residual(monkeypatch):
+def test_dropout_is_applied_to_embeddings_attention_and_the_two_additions(monkeypatch):
     calls, attention = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, 'dropout', lambda x, p, training, _: calls.append(p * training) or x)
     monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda *qkv, dropout_p, is_causal: (
@@ -487,46 +448,46 @@ def test_dropout_is_of_embeddings_of_attention_and_of_what_joins_the_residual(mo
 # -----------------------------------------------------------------------------
 # Sizes
 
-@pytest.mark.parametrize('d_low, d_judge', ((None, None), (6, None), (None, 5), (6, 5)))
-def test_keys_that_are_none_get_what_fits_and_those_of_no_use_become_none(d_low, d_judge):
-    low, whole_judge = d_low or 8, d_judge or 8
+def test_keys_of_no_use_become_none():
+    """Else runs that compute the same would have different recipes."""
     for changes, expected in (
-            ({'mlp': 'dense', 'factorised': True}, (False, None, None)),
-            ({'mlp': 'dense', 'router': 'large'}, (False, None, None)),
-            ({'mlp': 'moe'}, (False, None, None)),
-            ({'mlp': 'moe', 'factorised': True}, (True, low, None)),
-            ({'mlp': 'moe', 'router': 'large'}, (False, low, None)),
-            ({'mlp': 'aoe'}, (True, low, d_judge or low)),
-            ({'mlp': 'aoe', 'factorised': False, 'router': 'large'}, (False, None, whole_judge))):
-        c = small_config(**changes, d_low=d_low, d_judge=d_judge)
-        assert (c.factorised, c.d_low, c.d_judge) == expected
+            ({'mlp': 'dense', 'factorised': True}, (False, None, None, True)),
+            ({'mlp': 'moe'}, (False, None, None, True)),
+            ({'mlp': 'moe', 'router': 'large'}, (False, 6, None, True)),
+            ({'mlp': 'aoe'}, (True, 6, 5, True)),
+            ({'mlp': 'aoe', 'tied': False}, (True, 6, 5, False)),
+            ({'mlp': 'aoe', 'factorised': False}, (False, None, 5, True))):
+        c = small_config(**{'tied': changes['mlp'] == 'aoe'} | changes, d_low=6, d_judge=5)
+        assert (c.factorised, c.d_low, c.d_judge, c.tied) == expected
 
 
 def test_default_sizes():
     assert GPTConfig(n_embd=32).d_ffn == 128
-    for D, d_ffn, d_judge in ((4, 16, 4), (16, 64, 8), (64, 256, 8), (96, 384, 16), (192, 768, 32),
-                              (768, 3072, 128), (192, 20, 20)):    # about D / 6, if there are
-        assert GPTConfig(n_embd=D, n_head=1, d_ffn=d_ffn, factorised=False).d_judge == d_judge
-    for D, d_ffn in itertools.product(range(96, 1100, 80), range(96, 4200, 80)):
-        away = {}                        # from a third: each d_low that gives an expert moe's size
-        for d_low in range(8, D + 1, 8):
-            d_wide = model.width_of_equal_size(D, d_ffn, d_low)
-            if abs((d_low * (D + d_wide) + 2 * D * d_wide) / (3 * D * d_ffn) - 1) <= 0.01:
-                away[d_low] = abs(d_low - min(D, d_ffn) / 3)
-        assert away[GPTConfig(n_embd=D, d_ffn=d_ffn, n_head=1).d_low] == min(away.values())
-    for D, d_ffn, d_low in ((96, 24, 8), (96, 112, 32), (16, 24, 8)):          # none has its size
+    for D, d_ffn, d_judge in ((16, 64, 8), (96, 384, 16), (768, 3072, 128), (192, 20, 20)):
+        c = GPTConfig(n_embd=D, n_head=1, d_ffn=d_ffn, factorised=False)
+        assert c.d_judge == d_judge and c.d_wide == d_ffn
+    for D, d_ffn, d_low in ((64, 256, 24), (96, 384, 32), (128, 512, 40), (256, 1024, 88),
+                            (96, 24, 8), (96, 112, 32), (16, 24, 8)):   # the last three fit worse
         assert GPTConfig(n_embd=D, d_ffn=d_ffn).d_low == d_low
-    # the paper's shapes; of its 6470 the nearest multiple of 8
+    # the shapes of the paper, whose 6470 is not a multiple of 8
     assert GPTConfig(n_head=12, n_embd=768, d_ffn=3072, d_low=256).d_wide == 3840
     assert GPTConfig(n_head=20, n_embd=1280, d_ffn=5120, d_low=400).d_wide == 6472
+
+
+@pytest.mark.parametrize('variant', VARIANTS[3:], ids=str)
+def test_an_expert_of_aoe_has_the_size_of_one_of_moe(variant):
+    """w_judge counts, too: (D, d_judge) numbers of an expert."""
+    for d_judge in (8, 32 if variant.get('tied', True) else 48):   # d_low is 32
+        m = mlp_of(GPTConfig(**variant | {'n_embd': 96, 'd_ffn': 384, 'd_judge': d_judge}))
+        assert sum(p.numel() for p in m.parameters()) == pytest.approx(8 * 3 * 96 * 384, rel=0.01)
 
 
 def test_parameters_and_flops_by_hand():
     D, S, V, L, E, K, d, d_low, wide = 16, 8, 11, 2, 5, 2, 24, 8, 24           # Eq. 5: 23.2
     norms, around = (2 * L + 1) * D, L * 4 * D * D + V * D         # attention, and embedding = head
     whole, down, rest = 3 * D * d, D * d_low, d_low * wide + 2 * D * wide      # of an expert
-    judge, R, large = 3, D * E, 30 * (D + E)                       # nearly E d_low D
-    # a layer's MLP: all numbers, those that a token meets, and those that it meets once more
+    judge, R, large = 3, D * E, 30 * (D + E)                       # large is nearly E d_low D
+    # of a layer's MLP: all numbers, those that a token meets, and those that it meets a second time
     for changes, total, active, again in (
             ({'mlp': 'dense'}, K * whole, K * whole, 0),
             ({'mlp': 'moe'}, R + E * whole, R + K * whole, 0),
@@ -536,6 +497,10 @@ def test_parameters_and_flops_by_hand():
             ({'mlp': 'aoe', 'd_judge': judge}, E * (down + rest), E * down + K * rest, 0),
             ({'mlp': 'aoe', 'factorised': False, 'd_judge': judge}, E * whole,
              (E - K) * D * judge + K * whole, K * D * judge),
+            ({'mlp': 'aoe', 'tied': False, 'd_judge': judge}, E * (D * judge + down + rest),
+             E * D * judge + K * (down + rest), 0),
+            ({'mlp': 'aoe', 'tied': False, 'factorised': False, 'd_judge': judge},
+             E * (D * judge + whole), E * D * judge + K * whole, 0),
             ({'mlp': 'moe', 'select': 'top_p'}, R + E * whole, R + E * whole, 0),
             ({'mlp': 'moe', 'select': 'expert_choice', 'capacity_factor': 1.5},
              R + E * whole, R + 3 * whole // 2, 0),
@@ -553,15 +518,16 @@ def test_initialisation():
     for variant, router_std in itertools.product(ALL, (0.02, 0.7)):
         gpt = GPT(GPTConfig(**{'vocab_size': 84, 'n_layer': 3, 'n_embd': 128, 'd_ffn': 256,
                                'router_std': router_std} | variant))
-        keep = 128 ** -0.5                                         # of 128 rows; w_up: d_low rows
-        stds = {'w_g': keep, 'w_p': keep, 'w_down': keep, 'router_in': keep, 'w_up': 40 ** -0.5,
+        keep = 128 ** -0.5                                         # they have D = 128 rows
+        stds = {'w_g': keep, 'w_p': keep, 'w_down': keep, 'router_in': keep, 'w_judge': keep,
+                'w_up': gpt.config.d_low and gpt.config.d_low ** -0.5,
                 'w_o': 0.02 / 6 ** 0.5, 'out': 0.02 / 6 ** 0.5, 'router': router_std}
         for name, p in gpt.named_parameters():
             if p.dim() == 1:
                 assert (p == 1).all()
             else:
                 last = name.removesuffix('.weight').rsplit('.', 1)[-1]
-                std, rel = stds.get(last, 0.02), 0.1 if last == 'router' else 0.03
+                std, rel = stds.get(last, 0.02), 0.1 if p.numel() < 5000 else 0.03
                 assert p.std().item() == pytest.approx(std, rel=rel) and abs(p.mean()) < 0.1 * std
 
 
@@ -571,9 +537,9 @@ def test_initialisation():
 @pytest.mark.parametrize('changes', (*ALL, {'mlp': 'aoe', 'select': 'expert_choice'}), ids=str)
 def test_generation(changes):
     torch.manual_seed(0)
-    gpt = GPT(small_config(**changes, dropout=0.5))                # which generating switches off
+    gpt = GPT(small_config(**changes, dropout=0.5))                # generate switches it off
     for block in gpt.blocks:
-        torch.nn.init.normal_(block.attention.out.weight)          # what was before matters
+        torch.nn.init.normal_(block.attention.out.weight)          # so that the context matters
     idx = torch.tensor([[1, 2, 3], [4, 5, 6]])
     greedy = gpt.generate(idx, 9, temperature=0)
     expected = idx
@@ -585,13 +551,11 @@ def test_generation(changes):
                         for seed in ({}, {'seed': 1337}, {'seed': 2}))
     assert one == same != other
     assert gpt.generate(idx, 20, temperature=9.0, vocab_size=7, vocab_top_k=99).max() < 7
-    with pytest.raises(ValueError, match='got none'):
-        gpt.generate(idx[:, :0], 1)
     with pytest.raises(ValueError, match='at most 8 tokens, got 12'):
         gpt(greedy)
 
 
-def test_the_temperature_and_the_vocabulary_bound_are_respected():
+def test_tokens_are_drawn_by_temperature_from_the_likeliest():
     torch.manual_seed(0)
     gpt = GPT(small_config('moe'))
     gpt.embedding.weight.data *= 20                                # decided predictions
@@ -603,35 +567,14 @@ def test_the_temperature_and_the_vocabulary_bound_are_respected():
     assert (drawn / 2000 - expected).abs().max() < 0.04 and drawn.count_nonzero() == 3
 
 
-OUT_OF_RANGE = (                         # key and value
-    *itertools.product(('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_expert',
-                        'top_k', 'd_ffn', 'd_low', 'd_judge', 'capacity_factor'),
-                       (0, -4, 2**31, math.nan)),
-    *itertools.product(('mlp', 'router', 'select', 'weigh_among'), ('none', None)),
-    *itertools.product(('aux_weight', 'conf_weight', 'router_std'), (-1e-9, math.inf, math.nan)),
-    *itertools.product(('top_p', 'dropout'), (-1e-9, 1.1, math.nan)), ('top_p', 0), ('dropout', 1))
-
-
 @pytest.mark.parametrize('changes, key', (
-    *(({key: value}, key) for key, value in OUT_OF_RANGE), ({'d_low': -1, 'mlp': 'dense'}, 'd_low'),
-    ({'top_k': 6}, 'top_k'), ({'n_embd': 18}, 'n_embd'), ({'d_low': 17}, 'd_low'),
-    ({'mlp': 'moe', 'router': 'large', 'd_low': 17}, 'd_low'), ({'d_ffn': 1}, 'd_low'),
-    ({'d_judge': 9}, 'd_judge'), ({'factorised': False, 'd_judge': 17}, 'd_judge'),
+    ({'n_layer': 0}, 'n_layer'), ({'d_ffn': -4}, 'd_ffn'), ({'mlp': 'none'}, 'mlp'),
+    ({'select': 'best'}, 'select'), ({'aux_weight': math.nan}, 'aux_weight'),
+    ({'top_p': 0}, 'top_p'), ({'dropout': 1}, 'dropout'), ({'top_k': 6}, 'top_k'),
+    ({'n_embd': 18}, 'n_embd'), ({'d_low': 17}, 'd_low'), ({'d_ffn': 1}, 'd_low'),
+    ({'d_judge': 9}, 'd_judge'), ({'tied': False, 'd_judge': 17}, 'd_judge'),
     ({'factorised': False, 'd_ffn': 4, 'd_judge': 5}, 'd_judge')), ids=str)
-def test_a_model_that_cannot_be_is_refused_in_a_line(changes, key):
-    value = changes.get(key, 8)                                    # 8: a default
+def test_an_impossible_model_is_refused_in_one_line(changes, key):
+    value = changes.get(key, 8)                                    # 8 is a default
     with pytest.raises(ValueError, match=rf'\A{key}: expected .*, got {value!r}\Z'):
         small_config(**{'mlp': 'aoe'} | changes)
-
-
-def test_what_is_just_within_the_bounds_is_not_refused():
-    for changes in ({'top_k': 5}, {'n_embd': 20}, {'d_low': 16, 'd_judge': 16}, {'top_p': 1},
-                    {'aux_weight': 1e9, 'router_std': 0, 'capacity_factor': 1e-9}, {'d_ffn': 7},
-                    {'factorised': False, 'd_judge': 16}, {'mlp': 'moe', 'd_low': 99},
-                    {'factorised': False, 'd_ffn': 4, 'd_judge': 4, 'd_low': 99}):
-        logits = GPT(small_config(**{'mlp': 'aoe'} | changes))(torch.zeros(2, 8).long())[0]
-        assert logits.isfinite().all()
-    I = layer('moe', select='top_p', top_p=1e-3).choose(torch.randn(9, 5))
-    assert (I >= 0).sum(1).tolist() == [1] * 9
-    with pytest.raises(ValueError, match='^vocab_size: expected .*, got None'):
-        GPT(small_config('aoe', vocab_size=None))

@@ -1,4 +1,4 @@
-"""tests/tools/toy.py: who handles which class."""
+"""tests/tools/toy.py: which expert handles which class."""
 
 import os
 import sys

@@ -3,10 +3,10 @@ Exercise 0: write MoE and AoE yourself.
 
     python tests/tools/exercise_0.py
 
-makes out/exercise_0/model.py, a copy of model.py in which MoE.forward and AoE.forward are empty;
-WholeAoE, which looks like AoE, is left out. Fill them in, by Algorithms 1 and 2 of the paper, with
-what is there: route, of_all, norm, choose, weigh, experts, auxiliary_loss and Routing. The same
-command then judges them, by a loop over tokens and experts written from the paper.
+makes out/exercise_0/model.py, a copy of model.py in which MoE.forward and AoE.forward are empty and
+JudgedAoE, which looks like AoE, is left out. Fill them in from Algorithms 1 and 2 of the paper. Use
+route, of_all, norm, choose, weigh, experts, auxiliary_loss and Routing. The same command then
+compares them with a loop over tokens and experts, written from the paper.
 """
 
 import ast
@@ -26,11 +26,11 @@ ALGORITHM = {'MoE': 'Algorithm 1', 'AoE': 'Algorithm 2'}
 
 
 def emptied(source):
-    """The source of model.py without the two bodies, and without WholeAoE."""
+    """The source of model.py without the two bodies and without JudgedAoE."""
     lines = source.splitlines(keepends=True)
-    for node in reversed(ast.parse(source).body):        # from below, so that numbers stay right
+    for node in reversed(ast.parse(source).body):        # from the end, so line numbers stay right
         name = getattr(node, 'name', None)
-        if name == 'WholeAoE':
+        if name == 'JudgedAoE':
             del lines[node.lineno - 1:node.end_lineno + 2]         # and two blank lines
         elif name in ALGORITHM:
             forward, = (f for f in node.body if getattr(f, 'name', None) == 'forward')
@@ -40,7 +40,7 @@ def emptied(source):
 
 
 def by_the_paper(m, x):
-    """h (T, D), scores and weights (T, E), L_aux of a layer, one token and one expert at a time."""
+    """h (T, D), the scores and the weights (T, E), and L_aux of a layer, by a loop."""
     c, E = m.config, m.config.n_expert
     h, p, weights = [], [], []                                     # of each token
 
@@ -66,13 +66,13 @@ def by_the_paper(m, x):
 
 
 def by_the_layer(m, x):
-    """The same of what the layer gives."""
+    """The same four, as the layer computes them."""
     h, (p, I, w, aux_loss) = m(x)
     return h, p, torch.zeros_like(p).scatter(1, I, w), aux_loss
 
 
 def judge(path):
-    """What is wrong with the layers of the model.py at path: a line for each that is, or none."""
+    """A line for each layer of the model.py at path that is not the paper's."""
     wrong = []
     for mlp, factorised in (('moe', False), ('moe', True), ('aoe', True)):
         name = f'{mlp}, {"factorised" if factorised else "whole"} gate'

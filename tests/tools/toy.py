@@ -1,17 +1,17 @@
 """
-The toy experiment of the paper's appendix B: two experts, one for each token, and Gaussian vectors
-to classify. Stage one has two classes whose means are opposite; stage two adds a third around zero.
-Who handles which class?
+The toy experiment of the paper's appendix B. Two experts, one of which handles each token, classify
+Gaussian vectors. Stage one has two classes whose means are opposite, and stage two adds a third
+around zero. Which expert handles which class?
 
     python tests/tools/toy.py             # some seconds; draws out/toy.png
 
-A linear router tells opposite means apart: what share of one class moe sends to an expert, that
-share of the other goes to the other expert. A norm is the same for x and -x: one of aoe's experts
-takes both. With one expert for each token the softmax over the chosen is 1, so that the router has
-no gradient and stays as it was drawn, while Wdown learns through the gate.
+The scores of a linear router change their sign with x. The share of one class that moe sends to one
+expert is therefore the share of the opposite class that it sends to the other. A norm is the same
+for x and -x, so one expert of aoe takes both classes. With one expert for each token the softmax
+over the chosen is 1. The router then has no gradient and stays as it was drawn, while Wdown learns
+through the gate.
 """
 
-import contextlib
 import os
 import sys
 
@@ -31,14 +31,14 @@ SIGN = torch.tensor([1.0, -1.0, 0.0])    # the mean of each class, in units of S
 
 
 def draw_tokens(n, classes):
-    """n vectors (n, D) of the first `classes` classes, and their classes (n,)."""
+    """n vectors (n, D) from the first `classes` classes, and the class of each (n,)."""
     label = torch.randint(classes, (n,))
     return torch.randn(n, D) + SIGMAS * SIGN[label, None], label
 
 
 def shares(mlp, seed):
-    """Train the layer and a linear head on both stages. Returns after each (the share of each class
-    that goes to the main expert of the first, the accuracy on the classes that were trained)."""
+    """Train a layer and a linear head on both stages. Returns two numbers after each: the share of
+    each class that goes to the main expert of the first, and the accuracy on the classes so far."""
     torch.manual_seed(seed)
     layer = mlp_of(GPTConfig(mlp=mlp, n_embd=D, n_head=1, n_expert=2, top_k=1, d_ffn=D, d_low=8))
     head = torch.nn.Linear(D, 3, bias=False)
@@ -82,11 +82,9 @@ def main(arguments):
                          color=COLOR_OF[mlp])
             axes.set_xticks(range(classes), [f'mean {sign * SIGMAS:g}' for sign in SIGN[:classes]])
             axes.set(title=f'{mlp}, stage {stage + 1}', ylim=(0, 1))
-            axes.axhline(0.5, color='black', linestyle='--', linewidth=1)
     figure.supylabel('share of a class that goes to the first class\'s expert')
-    figure.supxlabel('a bar: a seed; dashed: as many go to the other expert', fontsize=9)
-    with contextlib.suppress(OSError):                             # save_figure says what hinders
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    figure.supxlabel('each bar is a seed', fontsize=9)
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     save_figure(figure, path)
     print(f'drawn: {path}')
 
