@@ -44,4 +44,7 @@ runs = {
     'moe': {'mlp': 'moe', 'learning_rate': 4e-3},
     'moe_factorised': {'mlp': 'moe', 'factorised': True, 'learning_rate': 2e-3},
     'aoe': {'mlp': 'aoe', 'learning_rate': 2e-3},
+    # by tie_rates.py's rule
+    'untied': {'mlp': 'aoe', 'tied': False, 'learning_rate': 1.4e-3},
+    'untied_whole': {'mlp': 'aoe', 'tied': False, 'factorised': False, 'learning_rate': 2e-3},
 }
