@@ -1,4 +1,4 @@
-"""Does what tie.py and verdict.py found at 96 wide hold at 48 wide, with a quarter of the parameters?
+"""Does what tie.py and verdict.py found at 96 wide hold at 48 wide, with a quarter of the weights?
 
 Named before the first run:
 
