@@ -25,10 +25,11 @@ aux_weight = 0.01
 seeds = range(571, 579)
 n_embd = 48
 n_head = 2
+# by the rule
 runs = {
-    'moe': {'mlp': 'moe'},
-    'moe_factorised': {'mlp': 'moe', 'factorised': True},
-    'aoe': {'mlp': 'aoe'},
-    'untied': {'mlp': 'aoe', 'tied': False},
-    'aoe_whole': {'mlp': 'aoe', 'factorised': False},
+    'moe': {'mlp': 'moe', 'learning_rate': 4e-3},
+    'moe_factorised': {'mlp': 'moe', 'factorised': True, 'learning_rate': 5.7e-3},
+    'aoe': {'mlp': 'aoe', 'learning_rate': 4e-3},
+    'untied': {'mlp': 'aoe', 'tied': False, 'learning_rate': 4e-3},
+    'aoe_whole': {'mlp': 'aoe', 'factorised': False, 'learning_rate': 2.8e-3},
 }
