@@ -9,7 +9,7 @@ A small GPT whose MLP is one of three. Nothing else in the model changes.
 The file has four parts, to be read in this order:
     1. the three MLPs, as the paper writes them        all of AoE is here
     2. the GPT around them                             RMSNorm, rotary positions, no biases
-    3. a matmul for all experts, and one for each      can be taken on trust
+    3. how tokens are multiplied by experts' matrices  can be taken on trust
     4. the configuration                               defaults, other ways to choose, errors
 
 The comments give shapes in these letters:
@@ -128,7 +128,7 @@ class SparseMLP(nn.Module):
     def weigh(self, p, I):
         """w (T, K) = softmax(p[I]), and 0 for nobody. Choosing has no gradient, so the
         cross-entropy trains the scores through w."""
-        p = at_least_float32(p)                                    # for a score of your own
+        p = at_least_float32(p)                                    # if a score of your own isn't
         nobody = I < 0
         I = I.masked_fill(nobody, 0)                               # gather can't take -1
         if self.config.weigh_among == 'all':
@@ -214,8 +214,9 @@ class AoE(SparseMLP):
 
 
 class JudgedAoE(SparseMLP):
-    """Not in the paper: experts score themselves, but by a judge that saves their gate no work. The
-    judge is the first d_judge columns of a whole gate or, with tied=False, a matrix of its own."""
+    """Not in the paper: experts score themselves by a judge, and what it computes is used only for
+    the score. The judge is the first d_judge columns of a whole gate or, with tied=False, a matrix
+    of its own."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -447,7 +448,7 @@ class GPT(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# Part 3: a matmul for all experts, and one for each
+# Part 3: tokens times the matrices of all experts, or each row times that of its own expert
 
 def as_autocast(x):
     """x in the dtype in which autocast multiplies: F.grouped_mm doesn't cast by itself."""
@@ -465,7 +466,7 @@ def of_each(w, x, rows):
     x, w = as_autocast(x), as_autocast(w)
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     if torch.compiler.is_compiling():
-        dtypes = (torch.bfloat16,)                       # torch.compile can do no other
+        dtypes = (torch.bfloat16,)                       # the only one that torch.compile can do
     # F.grouped_mm needs rows whose bytes are a multiple of 16
     aligned = w.shape[1] % 8 == 0 and w.shape[2] % 8 == 0
     if x.dtype in dtypes and aligned and hasattr(F, 'grouped_mm'):
